@@ -1,0 +1,82 @@
+"""The tokenizer: any fast one of `transformers`, or one trained on the shards' own captions."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_SPECIAL = {
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+
+# More captions than this teach a small vocabulary nothing.
+MAX_CAPTIONS = 100_000
+
+
+@dataclass
+class TokenizerConfig:
+    """Give one of the two."""
+
+    name: str | None = None
+    """Folder or hub id of a fast tokenizer that has padding, mask and class tokens, such as roberta-base."""
+    train: int | None = None
+    """Size of a vocabulary to train on the captions of the training shards; it is saved with the run."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and self.train is not None:
+            raise ValueError(f"tokenizer.name={self.name} and tokenizer.train={self.train}: give one of the two")
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or a hub id, checked to have what masked-language modelling needs.
+
+    Raises:
+        ValueError: it has no padding, mask or class token (the text embedding is read at the first token).
+        OSError: nothing there that can be loaded (from `transformers`).
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name_or_path))
+    missing = [token for token in ("pad_token", "mask_token", "cls_token") if getattr(tokenizer, f"{token}_id") is None]
+    if missing:
+        raise ValueError(
+            f"tokenizer {name_or_path} has no {', '.join(missing)}: masked-language modelling needs all of "
+            "pad_token, mask_token and cls_token (BERT and RoBERTa tokenizers have them, GPT-2's has not)"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer in RoBERTa's layout: ``<s> ... </s>``, lossless on any input.
+
+    Args:
+        texts: the captions to learn merges from.
+        vocab_size: upper limit; at least 261 (256 bytes and five special tokens).
+
+    Raises:
+        ValueError: ``vocab_size`` below 261.
+    """
+    special = list(_SPECIAL.values())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(f"tokenizer.train={vocab_size}: at least {len(alphabet) + len(special)} are needed")
+    bpe = Tokenizer(models.BPE(unk_token=_SPECIAL["unk_token"]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[(token, special.index(token)) for token in ("<s>", "</s>")],
+    )
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=bpe, **_SPECIAL)
+    return tokenizer

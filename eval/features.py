@@ -1,0 +1,103 @@
+"""Frozen features: what an encoder, or no encoder at all, makes of every sample of a split."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data.batch import Field
+from data.stream import Source, Stream
+from data.transforms import OnDevice
+from pretrain.model.encoder import Encoder
+
+
+class Features(NamedTuple):
+    """One modality of one split, for the n samples that have it.
+
+    Attributes:
+        features: (n, D) float32, the encoder's pooled output.
+        embeddings: (n, E) float32, its projection, not normalised.
+        raw: (n, R) float32, the input itself, at most some thousand values.
+        labels: (n,) int64.
+        content: (n,) int64, equal for samples with the same input: these are not independent observations.
+    """
+
+    features: Tensor
+    embeddings: Tensor
+    raw: Tensor
+    labels: Tensor
+    content: Tensor
+
+
+@torch.inference_mode()
+def extract(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    labels: list[int],
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> dict[str, Features]:
+    """Features of every sample, in the deterministic views, in float32.
+
+    Args:
+        encoder: moved to ``device`` and put into evaluation mode; its views say what is read.
+        tokenizer: the one that it was trained with.
+        source: the split.
+        labels: of every sample, in the order of the shards.
+        device: where the encoder runs.
+        batch_size: samples per pass.
+        workers: 0 or 1 processes that read ahead.
+
+    Returns:
+        modality -> Features on the CPU, for the modalities that occur.
+    """
+    encoder = encoder.to(device).eval()
+    on_device = OnDevice(encoder.views).to(device)
+    all_labels = torch.tensor(labels)
+    parts: dict[str, list[Features]] = {}
+    first = 0
+    for batch in Stream(source, encoder.views, tokenizer, batch_size).loader(workers):
+        seen = on_device(batch.to(device))
+        for name, field in seen.fields.items():
+            features, embeddings = encoder(name, field)
+            parts.setdefault(name, []).append(
+                Features(
+                    features.cpu(),
+                    embeddings.cpu(),
+                    raw_input(name, field, encoder.vocabulary.size).cpu(),
+                    all_labels[field.rows + first],
+                    content_ids(batch.fields[name]),
+                )
+            )
+        first += batch.size
+    return {name: Features(*map(torch.cat, zip(*several, strict=True))) for name, several in parts.items()}
+
+
+def raw_input(modality: str, field: Field, vocabulary_size: int) -> Tensor:
+    """A fixed-length vector of the input itself, as a baseline that no encoder touched.
+
+    Image: pixels, averaged down to at most 16x16. Text: how often each token occurs. Audio: the log-mel
+    spectrogram, averaged over 12 stretches of time.
+
+    Returns:
+        (n, R) float32.
+    """
+    if modality == "image":
+        side = min(16, field.x.shape[-1])
+        return F.adaptive_avg_pool2d(field.x, side).flatten(1)
+    if modality == "audio":
+        return F.adaptive_avg_pool1d(field.x.transpose(1, 2), 12).flatten(1)
+    counts = torch.zeros(len(field.x), vocabulary_size, device=field.x.device)
+    ones = torch.ones_like(field.x, dtype=counts.dtype) if field.valid is None else field.valid.to(counts.dtype)
+    return counts.scatter_add_(1, field.x, ones)
+
+
+def content_ids(field: Field) -> Tensor:
+    """(n,) int64, equal for rows whose input is equal; padding counts only through its values."""
+    digests = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in field.x.cpu()]
+    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests])  # 63 bits fit an int64

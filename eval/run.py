@@ -1,0 +1,238 @@
+"""Score an encoder: linear probe, zero-shot and retrieval by class, each beside its baselines.
+
+    python -m eval.run runs/digits/checkpoints/last --train 'shards/digits/train-*.tar' \
+        --val 'shards/digits/val-*.tar' --test 'shards/digits/test-*.tar' --label label
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data.index import ShardError, find_shards, load_index
+from data.stream import Source, StreamError
+from data.text import load_tokenizer
+from eval.features import Features, extract
+from eval.linear import Split, linear_probe
+from eval.metrics import bootstrap_interval, chance, majority
+from eval.report import Results, table, write_results
+from eval.retrieval import retrieval, retrieval_chance
+from eval.zeroshot import class_embeddings, zero_shot
+from pretrain.model.encoder import Encoder
+
+RETRIEVED = (1, 5, 10)
+
+
+@dataclass
+class EvalConfig:
+    """The evaluation of the finished encoder; it needs `data.val` and `data.test`."""
+
+    label: str | None = None
+    """Field of each sample's .json that holds its class, a number or a name; null skips the evaluation."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes for zero-shot, in the order of the numbers; empty skips zero-shot."""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    """Prompts for zero-shot; {} is replaced by the class's name."""
+    batch_size: int = 256
+    """Samples per pass."""
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"eval.templates: {template!r} must hold {{}} once, for the class's name")
+        if self.classes and not self.templates:
+            raise ValueError("eval.templates is empty: zero-shot needs at least one")
+        if self.batch_size < 1:
+            raise ValueError(f"eval.batch_size={self.batch_size}: allowed is 1 or more")
+
+
+def evaluate(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Source],
+    config: EvalConfig,
+    device: torch.device,
+    workers: int,
+) -> Results:
+    """All tasks that the encoder's modalities allow.
+
+    Args:
+        encoder: left in evaluation mode on ``device``.
+        tokenizer: the one that it was trained with.
+        splits: ``train``, ``val`` and ``test``.
+        config: names the label, the classes and the templates.
+        device: where the encoder runs.
+        workers: 0 or 1 processes that read ahead.
+
+    Returns:
+        ``linear/M`` with top1, interval, majority, and beside it random_init, raw and chance; ``zeroshot/M``
+        likewise without raw; ``retrieval/A_to_B`` with r1, r5, r10.
+
+    Raises:
+        StreamError: a sample that can't be read or has no label.
+        ValueError: labels that don't fit ``config.classes``, or that a probe refuses.
+    """
+    if config.label is None:
+        raise ValueError("eval.label is null: there is nothing to score against")
+    labels = label_ids({name: source.labels(config.label) for name, source in splits.items()}, config.classes)
+    trained, random_init = (
+        {
+            name: extract(model, tokenizer, source, labels[name], device, config.batch_size, workers)
+            for name, source in splits.items()
+        }
+        for model in (encoder, random_encoder(encoder))
+    )
+    results: Results = {}
+    for modality in trained["test"]:
+        results[f"linear/{modality}"] = _linear(modality, trained, random_init)
+    if config.classes and encoder.views.text is not None:
+        targets, random_targets = (
+            class_prompts(model, tokenizer, config, device) for model in (encoder, random_encoder(encoder))
+        )
+        for modality in (name for name in trained["test"] if name != "text"):
+            zero = _zero_shot(trained["test"][modality], targets)
+            zero["random_init"] = {"top1": _zero_shot(random_init["test"][modality], random_targets)["top1"]}
+            results[f"zeroshot/{modality}"] = zero
+    for a, b in permutations(trained["test"], 2):
+        results[f"retrieval/{a}_to_{b}"] = _retrieval(trained["test"][a], trained["test"][b])
+        results[f"retrieval/{a}_to_{b}"]["random_init"] = {
+            key: value
+            for key, value in _retrieval(random_init["test"][a], random_init["test"][b]).items()
+            if key != "chance"
+        }
+    return results
+
+
+def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> dict[str, list[int]]:
+    """Labels as integers: numbers stay, names become their place in ``classes`` or, without, in sorted order.
+
+    Raises:
+        ValueError: labels that are neither, or outside ``classes``.
+    """
+    everything = [label for split in labels.values() for label in split]
+    if all(isinstance(label, int) for label in everything):
+        outside = sorted({label for label in everything if classes and not 0 <= label < len(classes)})
+        if outside:
+            raise ValueError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")
+        return dict(labels)
+    if not all(isinstance(label, str) for label in everything):
+        kinds = sorted({type(label).__name__ for label in everything})
+        raise ValueError(f"labels must be all whole numbers or all names, got {', '.join(kinds)}")
+    names = list(classes) or sorted(set(everything))
+    unknown = sorted(set(everything) - set(names))
+    if unknown:
+        raise ValueError(f"labels {unknown[:5]} are not among eval.classes: {', '.join(names)}")
+    return {split: [names.index(label) for label in values] for split, values in labels.items()}
+
+
+def random_encoder(encoder: Encoder) -> Encoder:
+    """The same architecture with random weights, always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Encoder(encoder.config, encoder.views, encoder.vocabulary)
+
+
+@torch.inference_mode()
+def class_prompts(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, device: torch.device
+) -> Tensor:
+    """One embedding per class from all templates: (C, E)."""
+    view = encoder.views.text
+    if view is None:
+        raise ValueError("zero-shot needs an encoder with text")
+    encoder = encoder.to(device).eval()
+    prompts = []
+    for name in config.classes:
+        texts = view.stack([template.replace("{}", name) for template in config.templates], tokenizer)
+        valid = None if texts.valid is None else texts.valid.to(device)
+        _, embeddings = encoder("text", texts._replace(x=texts.x.to(device), valid=valid))
+        prompts.append(embeddings.cpu())
+    return class_embeddings(prompts)
+
+
+def _linear(
+    modality: str, trained: dict[str, dict[str, Features]], random_init: dict[str, dict[str, Features]]
+) -> dict[str, Any]:
+    def probe(features: dict[str, dict[str, Features]], raw: bool) -> tuple[dict[str, Any], Tensor]:
+        parts = [features[split][modality] for split in ("train", "val", "test")]
+        splits = [Split(part.raw if raw else part.features, part.labels) for part in parts]
+        result = linear_probe(*splits)
+        return {"top1": result.top1, "strength": result.strength, "val_top1": result.val_top1}, result.predicted
+
+    test = trained["test"][modality]
+    ours, predicted = probe(trained, raw=False)
+    return {
+        **ours,
+        "interval": _interval(predicted == test.labels, test.content),
+        "distinct_test_inputs": len(torch.unique(test.content)),
+        "random_init": probe(random_init, raw=False)[0],
+        "raw": probe(trained, raw=True)[0],
+        "chance": {"top1": chance(test.labels)},
+        "majority": {"top1": majority(trained["train"][modality].labels, test.labels)},
+    }
+
+
+def _zero_shot(test: Features, targets: Tensor) -> dict[str, Any]:
+    correct = (zero_shot(test.embeddings, targets) == test.labels).float()
+    return {
+        "top1": correct.mean().item(),
+        "interval": _interval(correct, test.content),
+        "distinct_test_inputs": len(torch.unique(test.content)),
+        "chance": {"top1": chance(test.labels)},
+    }
+
+
+def _retrieval(queries: Features, gallery: Features) -> dict[str, Any]:
+    ks = tuple(k for k in RETRIEVED if k <= len(gallery.labels))
+    found = retrieval(queries.embeddings, gallery.embeddings, queries.labels, gallery.labels, ks)
+    expected = retrieval_chance(queries.labels, gallery.labels, ks)
+    return {**{f"r{k}": found[k] for k in ks}, "chance": {f"r{k}": expected[k] for k in ks}}
+
+
+def _interval(correct: Tensor, content: Tensor) -> list[float] | None:
+    """95 % interval over distinct inputs; samples with the same image or clip are one observation."""
+    if len(torch.unique(content)) < 2:
+        return None
+    return list(bootstrap_interval(correct.float(), groups=content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code, 2 for users' mistakes."""
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a pretrained encoder.")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as runs/digits/checkpoints/last")
+    for name in ("train", "val", "test"):
+        parser.add_argument(f"--{name}", nargs="+", required=True, metavar="SHARDS", help=f"{name} shards")
+    parser.add_argument("--label", default="label", help="field of the .json that holds the class")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="class names, for zero-shot")
+    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, for zero-shot")
+    parser.add_argument("--out", type=Path, default=None, help="file for the results, as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        config = EvalConfig(arguments.label, arguments.classes, arguments.templates)
+        folder = arguments.checkpoint / "encoder"
+        splits = {
+            name: Source([load_index(path) for path in find_shards(getattr(arguments, name))])
+            for name in ("train", "val", "test")
+        }
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder, tokenizer = Encoder.load(folder), load_tokenizer(folder / "tokenizer")
+        results = evaluate(encoder, tokenizer, splits, config, device, workers=0)
+    except (ValueError, FileNotFoundError, ShardError, StreamError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(results))
+    if arguments.out is not None:
+        about = {"checkpoint": str(arguments.checkpoint), "samples": {name: len(s) for name, s in splits.items()}}
+        write_results(arguments.out, results, about)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

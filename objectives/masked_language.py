@@ -1,0 +1,59 @@
+"""Masked-language modelling, conditioned on whatever else the joint pass saw."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from objectives.passes import Passes
+from pretrain.model.encoder import Encoder
+from pretrain.model.layers import LAYER_NORM_EPS, init_weights
+
+
+@dataclass
+class MaskedLanguageConfig:
+    """Predict hidden tokens."""
+
+    weight: float = 0.5
+    """Weight of the term; 0 switches the objective off."""
+    rate: float = 0.15
+    """Share of tokens to predict where the joint pass has text alone."""
+    rate_paired: float = 0.5
+    """Share of tokens to predict where it has image or audio too, which then have to help."""
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "rate_paired"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"objectives.masked_language.{name}={getattr(self, name)}: allowed is above 0 and at most 1"
+                )
+
+
+class MaskedLanguage(nn.Module):
+    """RoBERTa's language-model head: dense, GELU, LayerNorm, and the input embedding as output matrix."""
+
+    def __init__(self, config: MaskedLanguageConfig, encoder: Encoder) -> None:
+        super().__init__()
+        width = encoder.config.width
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(encoder.vocabulary.size))
+        self.apply(init_weights)
+
+    def forward(self, passes: Passes) -> dict[str, Tensor]:
+        """``masked_language``: mean cross-entropy over the chosen tokens, in nats; absent without text."""
+        states, targets = [], []
+        for joint in passes.joint:
+            if joint.chosen is not None:
+                states.append(joint.states["text"][joint.chosen])
+                targets.append(joint.inputs["text"].x[joint.chosen])
+        if not states:
+            return {}
+        # Only chosen positions go through the vocabulary.
+        hidden = self.norm(F.gelu(self.dense(torch.cat(states))))
+        embedding = passes.encoder.get_parameter("tokenizers.text.embed.weight")
+        logits = F.linear(hidden, embedding, self.bias).float()
+        target = torch.cat(targets)
+        # A batch in which chance chose nothing has a loss of 0, not of 0 / 0.
+        return {"masked_language": F.cross_entropy(logits, target, reduction="sum") / max(1, len(target))}

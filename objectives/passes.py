@@ -1,0 +1,46 @@
+"""What objectives read: the outcome of one step's passes through the encoder."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from data.batch import Field
+from objectives.masking import PatchSplit
+from pretrain.model.encoder import Encoder
+
+
+class JointPass(NamedTuple):
+    """One joint pass: n samples that have the same modalities, parts of which were hidden.
+
+    Attributes:
+        inputs: modality -> the whole, uncorrupted input of n samples.
+        states: modality -> (n, N, D), the encoder's states of what it saw.
+        splits: modality -> which patches were visible and which hidden, for modalities made of patches.
+        chosen: (n, L) bool, the text tokens to predict; None without text.
+    """
+
+    inputs: dict[str, Field]
+    states: dict[str, Tensor]
+    splits: dict[str, PatchSplit]
+    chosen: Tensor | None
+
+
+class Passes(NamedTuple):
+    """All passes of a step.
+
+    Attributes:
+        encoder: the encoder that made them.
+        embeddings: modality -> embeddings (n, E) of the unimodal pass, with their rows; not normalised.
+        joint: joint passes, one per set of modalities that occurs in the batch.
+    """
+
+    encoder: Encoder
+    embeddings: dict[str, Field]
+    joint: list[JointPass]
+
+
+class Objective(Protocol):
+    """A self-supervised loss: passes -> named scalar terms; a term that nothing in the batch feeds is absent."""
+
+    def __call__(self, passes: Passes) -> dict[str, Tensor]:
+        """Compute the terms."""

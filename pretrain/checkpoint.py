@@ -1,0 +1,160 @@
+"""Checkpoints: a folder that is whole or absent, of JSON and safetensors only.
+
+checkpoints/step-00000600/
+    encoder/          config.json, model.safetensors and tokenizer/: all that evaluation and export need
+    objectives.safetensors
+    optimizer.safetensors
+    state.json        step, data state, hyper-parameters of the optimiser
+checkpoints/last      link to the newest
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from data.text import load_tokenizer
+from objectives.pretraining import Pretraining
+from pretrain.model.encoder import Encoder
+
+SCHEMA = 1
+LAST = "last"
+_PARTIAL = ".partial"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can't be read or doesn't belong to this run; names its folder and what differs."""
+
+
+class Trained(NamedTuple):
+    """What a checkpoint's ``encoder`` folder holds."""
+
+    encoder: Encoder
+    tokenizer: PreTrainedTokenizerBase
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Pretraining,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: Optimizer,
+    data_state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint aside, rename it when whole, point ``last`` at it and drop all but the ``keep`` newest.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        step: steps done.
+        model: unwrapped module.
+        tokenizer: saved with the encoder.
+        optimizer: its state is saved too.
+        data_state: JSON-able; handed back by ``load_checkpoint``.
+        keep: how many checkpoints remain.
+
+    Returns:
+        the checkpoint's folder.
+    """
+    name = f"step-{step:08d}"
+    partial = folder / (name + _PARTIAL)
+    for leftover in folder.glob("step-*" + _PARTIAL):  # of a run that was killed while saving
+        shutil.rmtree(leftover)
+    (partial / "encoder").mkdir(parents=True)
+    model.encoder.save(partial / "encoder")
+    tokenizer.save_pretrained(partial / "encoder" / "tokenizer")
+    objectives = {key: value.contiguous() for key, value in model.objectives.state_dict().items()}
+    save_file(objectives, partial / "objectives.safetensors")
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+    save_file(tensors, partial / "optimizer.safetensors")
+    trainer = {"schema": SCHEMA, "step": step, "data": data_state, "param_groups": state["param_groups"]}
+    (partial / "state.json").write_text(json.dumps(trainer, indent=2) + "\n")
+    for path in sorted(partial.rglob("*")):
+        _flush(path)
+
+    final = folder / name
+    if final.exists():  # the same step of the same run, saved again after resuming from an older one
+        shutil.rmtree(final)
+    partial.rename(final)
+    link = folder / (LAST + _PARTIAL)
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(folder / LAST)
+    _flush(folder)
+    for old in sorted(folder.glob("step-????????"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_last(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's ``checkpoints`` folder, or None."""
+    whole = sorted(folder.glob("step-????????"))
+    return whole[-1] if whole else None
+
+
+def load_checkpoint(checkpoint: Path, model: Pretraining, optimizer: Optimizer, data_state: dict[str, Any]) -> int:
+    """Restore model and optimiser in place.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+        model: unwrapped module, built from the same configuration.
+        optimizer: over the same parameters.
+        data_state: of this run; must equal the saved one.
+
+    Returns:
+        the number of steps done.
+
+    Raises:
+        CheckpointError: another schema, data that changed (says what), or tensors that don't fit.
+        FileNotFoundError: a file is missing.
+    """
+    saved = json.loads((checkpoint / "state.json").read_text())
+    if saved.get("schema") != SCHEMA:
+        raise CheckpointError(f"{checkpoint}: schema {saved.get('schema')}; this version reads {SCHEMA}")
+    changed = [key for key in {**saved["data"], **data_state} if saved["data"].get(key) != data_state.get(key)]
+    if changed:
+        lines = (f"  {key}: {saved['data'].get(key)} then, {data_state.get(key)} now" for key in changed)
+        raise CheckpointError(
+            f"{checkpoint} can't be resumed, since the order of the samples would change:\n"
+            + "\n".join(lines)
+            + "\nGive the run another `out`, or restore what it began with."
+        )
+    try:
+        model.encoder.load_state_dict(load_file(checkpoint / "encoder" / "model.safetensors"))
+        model.objectives.load_state_dict(load_file(checkpoint / "objectives.safetensors"))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from error
+    step: int = saved["step"]
+    return step
+
+
+def load_encoder(checkpoint: Path) -> Trained:
+    """Encoder (on the CPU, in evaluation mode) and tokenizer of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: its tensors don't fit its config.
+    """
+    folder = checkpoint / "encoder"
+    return Trained(Encoder.load(folder).eval(), load_tokenizer(folder / "tokenizer"))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder's entries are on disk, so that a rename never outruns the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""The configuration of a run: a typed tree of dataclasses, filled from a YAML recipe and `key=value` overrides."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.stream import DataConfig
+from data.text import TokenizerConfig
+from eval.run import EvalConfig
+from objectives.pretraining import ObjectivesConfig
+from pretrain.model.tokenizers import ModelConfig
+
+
+class ConfigError(Exception):
+    """A recipe or an override that can't be used; names every key that is wrong."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 10_000
+    """Optimiser steps in all."""
+    batch_size: int = 256
+    """Samples per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.05
+    """Decay of weight matrices; norms, biases, embeddings, positions and scales have none."""
+    beta2: float = 0.98
+    """AdamW's second-moment decay; below the usual 0.999 because contrastive gradients change fast."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises from 0; after it a cosine falls to 0."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient over all parameters."""
+    precision: str = "auto"
+    """Allowed: auto (bf16 where the device is fast in it), fp32, bf16."""
+    threads: int | None = None
+    """CPU threads when training on a CPU; null takes every core that the process may use."""
+    log_every: int = 20
+    """Steps between two lines of progress and of metrics.jsonl."""
+    save_every: int = 200
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: allowed is 1 or more")
+        if self.batch_size < 2:
+            raise ValueError(f"train.batch_size={self.batch_size}: allowed is 2 or more; contrast needs two samples")
+        for name in ("learning_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}: allowed is above 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"train.warmup={self.warmup}: allowed is 0 to 1, a share of the steps")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"train.beta2={self.beta2}: allowed is 0 to below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"train.weight_decay={self.weight_decay}: allowed is 0 or more")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"train.precision={self.precision}: allowed are auto, fp32, bf16")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"train.threads={self.threads}: allowed is 1 or more, or null")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    out: str = "runs/run"
+    """Folder of the run, made if need be."""
+    seed: int = 0
+    """Fixes the initial weights, the order of the data, augmentation and masks."""
+    resume: str = "auto"
+    """auto goes on from the newest checkpoint in `out` if there is one; none refuses an `out` that has one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Shards and what is read of them."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to tokens."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The encoder."""
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    """The losses."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """The evaluation at the end."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: allowed is 0 to 2**32 - 1")
+        if self.resume not in ("auto", "none"):
+            raise ValueError(f"resume={self.resume}: allowed are auto, none")
+        if not self.data.train:
+            raise ValueError("data.train is empty: name the training shards")
+        if self.eval.label is not None and not (self.data.val and self.data.test):
+            raise ValueError(f"eval.label={self.eval.label} needs data.val and data.test; null skips the evaluation")
+        if self.tokenizer.name is None and self.tokenizer.train is None:
+            raise ValueError("tokenizer: give name (a folder or hub id) or train (a vocabulary size)")
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and lay overrides over it.
+
+    Args:
+        recipe: a YAML file.
+        overrides: ``key=value`` with dotted keys and YAML values.
+
+    Raises:
+        ConfigError: no such file, no YAML, unknown keys (all of them, with suggestions), wrong types, bounds.
+    """
+    if not recipe.is_file():
+        raise ConfigError(f"no recipe at {recipe}")
+    schema = OmegaConf.structured(Config)
+    try:
+        given = OmegaConf.load(recipe)
+        dotted = OmegaConf.from_dotlist([_checked_override(override) for override in overrides])
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{recipe}: a mapping of keys to values is needed")
+
+    unknown = [
+        f"{origin}: unknown key {key!r}{_suggestion(key, schema)}"
+        for origin, part in ((str(recipe), given), ("command line", dotted))
+        for key in _unknown_keys(part, schema)
+    ]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, given, dotted))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
+    except ValueError as error:  # from a __post_init__, which names its key; OmegaConf adds lines of its own
+        raise ConfigError(str(error).splitlines()[0]) from error
+    if not isinstance(config, Config):
+        raise TypeError(f"the schema gave a {type(config).__name__}")
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as a recipe that gives the same run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _checked_override(override: str) -> str:
+    if "=" not in override:
+        raise ConfigError(f"command line: {override!r} is no key=value")
+    return override
+
+
+def _unknown_keys(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of ``given`` that ``schema`` lacks."""
+    if not isinstance(given, DictConfig) or not isinstance(schema, DictConfig):
+        return
+    for name in given:
+        key = f"{prefix}{name!s}"
+        if name not in schema:
+            yield key
+        else:
+            yield from _unknown_keys(given._get_node(name), schema._get_node(name), f"{key}.")
+
+
+def _all_keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in schema:
+        yield f"{prefix}{name!s}"
+        node = schema._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from _all_keys(node, f"{prefix}{name!s}.")
+
+
+def _suggestion(key: str, schema: DictConfig) -> str:
+    """The nearest valid key: by its whole name, or by its last part if that is spelt right but misplaced."""
+    known = list(_all_keys(schema))
+    last = key.rpartition(".")[2]
+    near = [other for other in known if other.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [
+        other
+        for match in difflib.get_close_matches(last, [other.rpartition(".")[2] for other in known], n=1, cutoff=0.6)
+        for other in known
+        if other.rpartition(".")[2] == match
+    ]
+    return f"; did you mean {' or '.join(repr(other) for other in near[:3])}?" if near else ""

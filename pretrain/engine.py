@@ -1,0 +1,254 @@
+"""The training run: build everything from a Config, then one loop that reads on a screen."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from data.index import find_shards, load_index
+from data.order import Order
+from data.stream import Source, Stream
+from data.text import MAX_CAPTIONS, TokenizerConfig, load_tokenizer, train_tokenizer
+from data.transforms import OnDevice
+from objectives.pretraining import Loss, Pretraining
+from pretrain.checkpoint import find_last, load_checkpoint, save_checkpoint
+from pretrain.config import Config, ConfigError, TrainConfig, to_yaml
+from pretrain.model.encoder import Encoder
+from pretrain.model.tokenizers import Vocabulary
+from pretrain.progress import Progress
+
+
+class TrainingError(Exception):
+    """Training can't go on; names the step and the terms."""
+
+
+def pretrain(config: Config) -> Path:
+    """Train from the start or from the newest checkpoint to the last step.
+
+    Args:
+        config: the whole run. ``config.out`` gets config.yaml, env.json, metrics.jsonl and checkpoints/.
+
+    Returns:
+        the last checkpoint's folder.
+
+    Raises:
+        ConfigError: settings that this machine or these data can't meet.
+        ShardError, StreamError: shards that are missing or damaged, samples that can't be read.
+        CheckpointError: a checkpoint that belongs to other data or another model.
+        TrainingError: a loss that is not finite.
+    """
+    accelerator = start_accelerator(config.train)
+    checkpoints = prepare_folder(config)
+    source = open_source(config, "train")
+    resumed_from = find_last(checkpoints)
+    tokenizer = make_tokenizer(config.tokenizer, source, resumed_from)
+    order = Order([len(shard.samples) for shard in source.shards], config.seed)
+    data_state = {"seed": config.seed, "fingerprint": source.fingerprint, "batch_size": config.train.batch_size}
+
+    torch.manual_seed(config.seed)
+    encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
+    bare = Pretraining(encoder, config.objectives)
+    bare_optimizer = make_optimizer(bare, config.train)
+    model, optimizer = accelerator.prepare(bare, bare_optimizer)
+    step = 0
+    if resumed_from is not None:
+        step = load_checkpoint(resumed_from, bare, bare_optimizer, data_state)
+        print(f"resumed from {resumed_from} at step {step}")
+    drop_later_metrics(Path(config.out) / "metrics.jsonl", step)
+    describe(config, accelerator, encoder, source, len(tokenizer))
+
+    steps, batch_size = config.train.steps, config.train.batch_size
+    stream = Stream(source, config.data.views, tokenizer, batch_size, order, start=step * batch_size)
+    on_device = OnDevice(config.data.views).to(accelerator.device)
+    progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, config.train.log_every)
+    model.train()
+    batches = progress.timed(stream.loader(config.data.workers)) if step < steps else iter(())
+    for batch in batches:
+        rate = learning_rate(config.train, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        whole = step >= steps * (1 - config.objectives.final_whole)
+        loss: Loss = model(on_device(batch.to(accelerator.device)), seed=step_seed(config.seed, step), whole=whole)
+        accelerator.backward(loss.total)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        means = progress.update({"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate})
+        if means is not None or step % config.train.save_every == 0:
+            check_finite(loss, norm, step)
+        if step % config.train.save_every == 0 or step == steps:
+            save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, data_state, config.train.keep)
+        if step == steps:
+            break
+    last = find_last(checkpoints)
+    if last is None:
+        raise TrainingError(f"{checkpoints}: no checkpoint after {step} steps")
+    return last
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """One process, on the device that Accelerate finds, in the precision asked for.
+
+    Raises:
+        ConfigError: launched with several processes.
+    """
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if fast_in_bf16() else "fp32"
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"launched with {accelerator.num_processes} processes: training runs in one")
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
+        torch.set_num_threads(config.threads or available_cpus())
+    return accelerator
+
+
+def fast_in_bf16() -> bool:
+    """Whether the device has matrix units for bf16; without them it is slower than fp32."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def available_cpus() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def prepare_folder(config: Config) -> Path:
+    """Make the run's folder, with config.yaml and env.json; returns its ``checkpoints``.
+
+    Raises:
+        ConfigError: ``resume=none`` where there is a checkpoint already.
+    """
+    out = Path(config.out)
+    checkpoints = out / "checkpoints"
+    if config.resume == "none" and find_last(checkpoints) is not None:
+        raise ConfigError(f"resume=none, but {checkpoints} holds a checkpoint: choose another `out`, or remove it")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(to_yaml(config))
+    packages = ("torch", "transformers", "accelerate", "datasets", "webdataset", "numpy", "tokenizers", "safetensors")
+    environment = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": available_cpus(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: version(name) for name in packages},
+    }
+    (out / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+    return checkpoints
+
+
+def open_source(config: Config, split: str) -> Source:
+    """The indexed shards of a split; an index is built on first sight.
+
+    Raises:
+        ShardError: a shard is missing or damaged; names it.
+    """
+    patterns: Sequence[str] = getattr(config.data, split)
+    return Source([load_index(path) for path in find_shards([str(Path(config.data.root) / p) for p in patterns])])
+
+
+def make_tokenizer(config: TokenizerConfig, source: Source, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint if there is one, else the named one, else one trained on the captions.
+
+    Raises:
+        ValueError: the tokenizer lacks a token that training needs, or ``train`` is too small.
+    """
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint / "encoder" / "tokenizer")
+    if config.name is not None:
+        return load_tokenizer(config.name)
+    return train_tokenizer(source.captions(MAX_CAPTIONS), config.train or 0)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """What the model needs to know of a tokenizer."""
+    return Vocabulary(
+        len(tokenizer), tokenizer.pad_token_id, tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids))
+    )
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays the matrices of linear layers, and nothing else."""
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up from 0, then a cosine to 0 at the last step; ``step`` counts from 0."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's masks: a function of the run's seed and the step, so nothing of it has to be saved."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch's generators take signed 64-bit seeds
+
+
+def check_finite(loss: Loss, norm: torch.Tensor, step: int) -> None:
+    """Stop at a loss or gradient that is not finite.
+
+    Raises:
+        TrainingError: names the step and every term.
+    """
+    if math.isfinite(loss.total.item()) and math.isfinite(float(norm)):
+        return
+    terms = ", ".join(f"{name} {value.item():.3g}" for name, value in loss.terms.items())
+    raise TrainingError(
+        f"step {step}: the loss or its gradient is not finite ({terms}, gradient norm {float(norm):.3g}); "
+        "try a lower train.learning_rate, or train.precision=fp32"
+    )
+
+
+def drop_later_metrics(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``: those after it are written again by the resumed run."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def describe(config: Config, accelerator: Accelerator, encoder: Encoder, source: Source, vocabulary: int) -> None:
+    """Say what is about to be trained, on what and where."""
+    parameters = sum(p.numel() for p in encoder.parameters())
+    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    epochs = config.train.steps * config.train.batch_size / len(source)
+    print(
+        f"encoder   {', '.join(config.data.views.used)}: {parameters / 1e6:.2f} M parameters, "
+        f"{vocabulary} tokens of vocabulary\n"
+        f"data      {len(source)} samples in {len(source.shards)} shards; "
+        f"{config.train.steps} steps of {config.train.batch_size} are {epochs:.1f} epochs\n"
+        f"device    {accelerator.device}{threads}, {precision}\n"
+        f"run       {config.out}",
+        flush=True,
+    )

@@ -1,0 +1,283 @@
+"""The encoder's streams as stock `transformers` models: ViTModel, RobertaPreLayerNormModel, ASTModel.
+
+The stock class is built from a config and filled, then saves itself, so that the files are what its own release
+writes and reads. Each export is loaded back and compared before it gets its final name.
+
+    python pretrain/export.py runs/digits/checkpoints/last exported
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
+    AutoModel,
+    PreTrainedTokenizerBase,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from data.batch import Field
+from pretrain.checkpoint import load_encoder
+from pretrain.model.encoder import Encoder
+from pretrain.model.layers import LAYER_NORM_EPS, Block
+
+TOLERANCE = 1e-5
+
+
+class ExportError(Exception):
+    """An export that does not give the encoder's features."""
+
+
+def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Path]:
+    """Write one folder per modality, each verified, replacing earlier ones.
+
+    Args:
+        encoder: on the CPU.
+        tokenizer: saved beside the text model.
+        out: gets ``image/``, ``text/`` and ``audio/``, as far as the encoder has them.
+
+    Returns:
+        modality -> folder.
+
+    Raises:
+        ExportError: a saved model differs from the encoder by more than 1e-5; nothing of it remains.
+    """
+    encoder = encoder.eval()
+    folders = {}
+    for modality in encoder.views.used:
+        partial, final = out / f".{modality}.partial", out / modality
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            EXPORTS[modality](encoder, tokenizer, partial)
+            verify(encoder, modality, partial)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        folders[modality] = final
+    return folders
+
+
+def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
+    """ViTModel, whose linear pooler is an identity: ``pooler_output`` is the class token."""
+    view, config, tokenizer = encoder.views.image, encoder.config, _part(encoder, "tokenizers.image")
+    side = view.size if view is not None else 0
+    model: Any = ViTModel(
+        ViTConfig(
+            **_common(encoder),
+            image_size=side,
+            patch_size=config.image_patch,
+            num_channels=3,
+            pooler_act="linear",
+            pooler_output_size=config.width,
+        )
+    )
+    with torch.no_grad():
+        _copy_patches(model.embeddings, tokenizer, [model.embeddings.cls_token])
+        _copy_vit_layers(model, encoder)
+        model.pooler.dense.weight.copy_(torch.eye(config.width))
+        model.pooler.dense.bias.zero_()
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
+def export_audio(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
+    """ASTModel, whose ``pooler_output`` is the mean of its two prefix tokens."""
+    view, config, tokenizer = encoder.views.audio, encoder.config, _part(encoder, "tokenizers.audio")
+    model: Any = ASTModel(
+        ASTConfig(
+            **_common(encoder),
+            patch_size=config.audio_patch,
+            frequency_stride=config.audio_patch,
+            time_stride=config.audio_patch,
+            max_length=view.frames if view is not None else 0,
+            num_mel_bins=view.mels if view is not None else 0,
+        )
+    )
+    with torch.no_grad():
+        _copy_patches(model.embeddings, tokenizer, [model.embeddings.cls_token, model.embeddings.distillation_token])
+        _copy_vit_layers(model, encoder)
+    model.save_pretrained(folder)
+    if view is not None:
+        ASTFeatureExtractor(
+            num_mel_bins=view.mels, max_length=view.frames, mean=view.mean, std=view.std
+        ).save_pretrained(folder)
+
+
+def export_text(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """RobertaPreLayerNormModel; its pooler is ours, ``tanh(dense(first token))``."""
+    source = _part(encoder, "tokenizers.text")
+    positions = source.positions.num_embeddings
+    model: Any = RobertaPreLayerNormModel(
+        RobertaPreLayerNormConfig(
+            **_common(encoder),
+            vocab_size=encoder.vocabulary.size,
+            max_position_embeddings=positions,
+            type_vocab_size=1,
+            pad_token_id=encoder.vocabulary.pad_id,
+            bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id,
+        )
+    )
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.copy_(source.embed.weight)
+        model.embeddings.position_embeddings.weight.copy_(source.positions.weight)
+        model.embeddings.token_type_embeddings.weight.zero_()
+        _copy(model.embeddings.LayerNorm, source.norm)
+        for layer, block in zip(model.encoder.layer, _blocks(encoder), strict=True):
+            attention = layer.attention.self
+            _copy_qkv([attention.query, attention.key, attention.value], block)
+            _copy(layer.attention.output.dense, block.attention.out)
+            _copy(layer.attention.LayerNorm, block.norm1)
+            _copy(layer.intermediate.LayerNorm, block.norm2)
+            _copy(layer.intermediate.dense, block.fc1)
+            _copy(layer.output.dense, block.fc2)
+        _copy(model.LayerNorm, encoder.norm)
+        _copy(model.pooler.dense, _part(encoder, "heads.text").dense)
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = positions - encoder.vocabulary.pad_id - 1
+    tokenizer.save_pretrained(folder)
+
+
+EXPORTS: dict[str, Callable[[Encoder, PreTrainedTokenizerBase, Path], None]] = {
+    "image": export_image,
+    "text": export_text,
+    "audio": export_audio,
+}
+
+
+def verify(encoder: Encoder, modality: str, folder: Path) -> None:
+    """Load an export back and compare its features with the encoder's on random input.
+
+    Raises:
+        ExportError: missing or left-over tensors, or features that differ by more than 1e-5.
+    """
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    problems = {
+        name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]
+    }
+    if problems:
+        raise ExportError(f"{folder}: the saved {modality} model does not load whole: {problems}")
+    field, inputs = _random_input(encoder, modality)
+    with torch.inference_mode():
+        states = encoder.encode(modality, field)
+        features = encoder.pool(modality, states)
+        outputs = model(**inputs)
+    pairs = {"last_hidden_state": states, "pooler_output": features}
+    for name, expected in pairs.items():
+        difference = (outputs[name] - expected).abs().max().item()
+        if not difference <= TOLERANCE:  # NaN is no match either
+            raise ExportError(f"{folder}: {name} of the saved {modality} model differs by {difference:.1e}")
+
+
+def _random_input(encoder: Encoder, modality: str) -> tuple[Field, dict[str, Tensor]]:
+    """Two random inputs, as a Field and as keyword arguments of the stock model."""
+    generator = torch.Generator().manual_seed(0)
+    rows, views = torch.arange(2), encoder.views
+    if modality == "image" and views.image is not None:
+        pixels = torch.rand(2, 3, views.image.size, views.image.size, generator=generator) * 2 - 1
+        return Field(pixels, rows), {"pixel_values": pixels}
+    if modality == "audio" and views.audio is not None:
+        spectrogram = torch.randn(2, views.audio.frames, views.audio.mels, generator=generator) / 2
+        return Field(spectrogram, rows), {"input_values": spectrogram}
+    if modality == "text" and views.text is not None:
+        ids = torch.randint(encoder.vocabulary.size, (2, views.text.max_tokens), generator=generator)
+        # No padding within: the stock class would take its positions from the ids, not from the mask.
+        ids = ids.masked_fill(ids == encoder.vocabulary.pad_id, encoder.vocabulary.mask_id)
+        return Field(ids, rows), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    raise ValueError(f"the encoder has no {modality}")
+
+
+def _common(encoder: Encoder) -> dict[str, Any]:
+    config = encoder.config
+    return {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": int(config.width * config.mlp_ratio),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": LAYER_NORM_EPS,
+    }
+
+
+def _part(encoder: Encoder, name: str) -> Any:
+    return encoder.get_submodule(name)
+
+
+def _blocks(encoder: Encoder) -> list[Block]:
+    return [block for block in encoder.blocks if isinstance(block, Block)]
+
+
+def _copy(target: nn.Module, source: nn.Module) -> None:
+    target.load_state_dict(source.state_dict())
+
+
+def _copy_patches(embeddings: Any, tokenizer: Any, prefix: list[Tensor]) -> None:
+    """Our linear patch embedding is the stock convolution with its kernel laid out flat."""
+    convolution = embeddings.patch_embeddings.projection
+    convolution.weight.copy_(tokenizer.embed.weight.view_as(convolution.weight))
+    convolution.bias.copy_(tokenizer.embed.bias)
+    embeddings.position_embeddings.copy_(tokenizer.positions[None])
+    for token, ours in zip(prefix, tokenizer.prefix, strict=True):
+        token.copy_(ours.view_as(token))
+
+
+def _copy_vit_layers(model: Any, encoder: Encoder) -> None:
+    """ViT and AST name the parts of their layers alike."""
+    for layer, block in zip(model.layers, _blocks(encoder), strict=True):
+        attention = layer.attention
+        _copy_qkv([attention.q_proj, attention.k_proj, attention.v_proj], block)
+        _copy(attention.o_proj, block.attention.out)
+        _copy(layer.layernorm_before, block.norm1)
+        _copy(layer.layernorm_after, block.norm2)
+        _copy(layer.mlp.fc1, block.fc1)
+        _copy(layer.mlp.fc2, block.fc2)
+    _copy(model.layernorm, encoder.norm)
+
+
+def _copy_qkv(projections: list[nn.Linear], block: Block) -> None:
+    weights, biases = block.attention.qkv.weight.chunk(3), block.attention.qkv.bias.chunk(3)
+    for projection, weight, bias in zip(projections, weights, biases, strict=True):
+        projection.weight.copy_(weight)
+        projection.bias.copy_(bias)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code, 2 for users' mistakes."""
+    parser = argparse.ArgumentParser(description="Export a checkpoint's encoder to transformers models.")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as runs/digits/checkpoints/last")
+    parser.add_argument("out", type=Path, help="folder for image/, text/ and audio/")
+    arguments = parser.parse_args(argv)
+    try:
+        folders = export(*load_encoder(arguments.checkpoint), arguments.out)
+    except (FileNotFoundError, ValueError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for modality, folder in folders.items():
+        print(f"{modality:6} {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

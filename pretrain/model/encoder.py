@@ -1,0 +1,193 @@
+"""The encoder: a tokenizer per modality, one pre-LN Transformer trunk, pooling and projection per modality.
+
+A unimodal pass sends one modality through the trunk; a joint pass sends several as one sequence. The choices
+(LayerNorm eps 1e-6, GELU, qkv biases, learned positions, the poolings) are those of stock `transformers` classes, so
+that every stream can be exported exactly.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.batch import Field
+from data.transforms import Views
+from pretrain.model.layers import LAYER_NORM_EPS, Block, init_weights
+from pretrain.model.tokenizers import TOKENIZERS, ModelConfig, Tokens, Vocabulary
+
+SCHEMA = 1
+
+
+class ImageHead(nn.Module):
+    """The class token, and a linear projection (ViTModel's pooler, made an identity)."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, embed_dim)
+
+    def pool(self, states: Tensor) -> Tensor:
+        """(n, N, D) -> (n, D)."""
+        return states[:, 0]
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(n, D) -> (n, E)."""
+        out: Tensor = self.projection(pooled)
+        return out
+
+
+class TextHead(nn.Module):
+    """RoBERTa's pooler, tanh(dense(first token)), and a projection without bias."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+
+    def pool(self, states: Tensor) -> Tensor:
+        """(n, N, D) -> (n, D)."""
+        return torch.tanh(self.dense(states[:, 0]))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(n, D) -> (n, E)."""
+        out: Tensor = self.projection(pooled)
+        return out
+
+
+class AudioHead(nn.Module):
+    """The mean of the two prefix tokens, and LayerNorm with a linear projection: ASTModel's pooling and head."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.projection = nn.Linear(width, embed_dim)
+
+    def pool(self, states: Tensor) -> Tensor:
+        """(n, N, D) -> (n, D)."""
+        return (states[:, 0] + states[:, 1]) / 2
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(n, D) -> (n, E)."""
+        out: Tensor = self.projection(self.norm(pooled))
+        return out
+
+
+HEADS: dict[str, Any] = {"image": ImageHead, "text": TextHead, "audio": AudioHead}
+
+
+class Encoder(nn.Module):
+    """What survives pretraining."""
+
+    def __init__(self, config: ModelConfig, views: Views, vocabulary: Vocabulary) -> None:
+        """Random weights from torch's global generator.
+
+        Args:
+            config: shape of the trunk and patches.
+            views: which modalities there are and the sizes of their inputs.
+            vocabulary: size and padding id of the text tokenizer.
+
+        Raises:
+            ValueError: sizes that patches don't divide.
+        """
+        super().__init__()
+        self.config, self.views, self.vocabulary = config, views, vocabulary
+        self.tokenizers = nn.ModuleDict(
+            {name: TOKENIZERS[name](config, view, vocabulary) for name, view in views.used.items()}
+        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.heads = nn.ModuleDict({name: HEADS[name](config.width, config.embed_dim) for name in views.used})
+        self.apply(init_weights)
+
+    def tokens(self, modality: str, field: Field, keep: Tensor | None = None) -> Tokens:
+        """Tokens of one modality; ``keep`` (n, K) names the patches to keep, None keeps all."""
+        tokens: Tokens = self.tokenizers[modality](field, keep)
+        return tokens
+
+    def patches(self, modality: str, x: Tensor) -> Tensor:
+        """Input (n, ...) of a modality made of patches -> (n, P, patch_dim)."""
+        tokenizer: Any = self.tokenizers[modality]
+        patches: Tensor = tokenizer.patchify(x)
+        return patches
+
+    def trunk(self, streams: dict[str, Tokens]) -> dict[str, Tensor]:
+        """Attend over the tokens of all streams as one sequence.
+
+        Args:
+            streams: modality -> tokens of the same n samples.
+
+        Returns:
+            modality -> states (n, N, D) after the last LayerNorm.
+        """
+        x = torch.cat([tokens.x for tokens in streams.values()], dim=1)
+        valid = None
+        if any(tokens.valid is not None for tokens in streams.values()):
+            valid = torch.cat([_valid(tokens) for tokens in streams.values()], dim=1)
+        for block in self.blocks:
+            x = block(x, valid)
+        lengths = [tokens.x.shape[1] for tokens in streams.values()]
+        return dict(zip(streams, self.norm(x).split(lengths, dim=1), strict=True))
+
+    def encode(self, modality: str, field: Field, keep: Tensor | None = None) -> Tensor:
+        """One modality alone: states (n, N, D)."""
+        return self.trunk({modality: self.tokens(modality, field, keep)})[modality]
+
+    def pool(self, modality: str, states: Tensor) -> Tensor:
+        """States (n, N, D) -> features (n, D): what probes read and exports return as ``pooler_output``."""
+        head: Any = self.heads[modality]
+        pooled: Tensor = head.pool(states)
+        return pooled
+
+    def project(self, modality: str, features: Tensor) -> Tensor:
+        """Features (n, D) -> embeddings (n, E), not normalised: what is compared over modalities."""
+        embedding: Tensor = self.heads[modality](features)
+        return embedding
+
+    def forward(self, modality: str, field: Field) -> tuple[Tensor, Tensor]:
+        """One modality alone, whole: features (n, D) and embeddings (n, E)."""
+        features = self.pool(modality, self.encode(modality, field))
+        return features, self.project(modality, features)
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into an existing folder."""
+        config = {
+            "schema": SCHEMA,
+            "model": dataclasses.asdict(self.config),
+            "views": dataclasses.asdict(self.views),
+            "vocabulary": self.vocabulary._asdict(),
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Encoder":
+        """Read what ``save`` wrote, on the CPU.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: another schema, or tensors that are missing, left over or of another shape.
+        """
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("schema") != SCHEMA:
+            raise ValueError(f"{folder}/config.json: schema {config.get('schema')}; this version reads {SCHEMA}")
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
+        views: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Views), config["views"]))
+        vocabulary = config["vocabulary"]
+        encoder = cls(model, views, Vocabulary(**{**vocabulary, "special_ids": tuple(vocabulary["special_ids"])}))
+        try:
+            encoder.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        return encoder
+
+
+def _valid(tokens: Tokens) -> Tensor:
+    if tokens.valid is not None:
+        return tokens.valid
+    return torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)

@@ -1,0 +1,164 @@
+"""One tokenizer per modality: inputs -> tokens (n, N, D). A modality is a class here and a line in ``TOKENIZERS``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from data.batch import Field
+from data.transforms import AudioView, ImageView, TextView
+from pretrain.model.layers import LAYER_NORM_EPS, gather_tokens
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the encoder."""
+
+    width: int = 384
+    """Width D of the tokens."""
+    depth: int = 12
+    """Number of Transformer blocks."""
+    heads: int = 6
+    """Attention heads; they divide the width."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layer, in widths."""
+    embed_dim: int = 256
+    """Width of the space in which modalities are compared."""
+    image_patch: int = 16
+    """Side of an image patch in pixels; it divides the image's size."""
+    audio_patch: int = 16
+    """Side of a spectrogram patch in mel bins and frames; it divides both."""
+    sharing: str = "all"
+    """Which weights the modalities share; allowed: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "embed_dim", "image_patch", "audio_patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: allowed is 1 or more")
+        if self.width % self.heads:
+            raise ValueError(f"model.heads={self.heads}: it must divide model.width={self.width}")
+        if self.sharing != "all":
+            raise ValueError(f"model.sharing={self.sharing}: allowed is all")
+
+
+class Vocabulary(NamedTuple):
+    """What the model must know of the text tokenizer.
+
+    Attributes:
+        size: number of ids.
+        pad_id: id of the padding token.
+        mask_id: id of the token that hides others.
+        special_ids: all ids that stand for no text, padding and mask included.
+    """
+
+    size: int
+    pad_id: int
+    mask_id: int
+    special_ids: tuple[int, ...]
+
+
+class Tokens(NamedTuple):
+    """Input of the trunk.
+
+    Attributes:
+        x: (n, N, D).
+        valid: (n, N) bool, False for padding; None where nothing is padded.
+    """
+
+    x: Tensor
+    valid: Tensor | None = None
+
+
+class PatchTokenizer(nn.Module):
+    """Non-overlapping square patches of a (C, height, width) input, after learned prefix tokens.
+
+    Patches run row by row. Only the patches that are kept are embedded, so hidden ones cost nothing.
+    """
+
+    prefix_tokens: ClassVar[int]
+
+    def __init__(self, width: int, channels: int, grid: tuple[int, int], patch: int) -> None:
+        super().__init__()
+        self.grid, self.patch = grid, patch
+        self.num_patches = grid[0] * grid[1]
+        self.patch_dim = channels * patch**2
+        self.embed = nn.Linear(self.patch_dim, width)
+        self.prefix = nn.Parameter(torch.zeros(self.prefix_tokens, width))
+        self.positions = nn.Parameter(torch.zeros(self.prefix_tokens + self.num_patches, width))
+        nn.init.normal_(self.prefix, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """(n, C, height, width) -> (n, P, C * patch * patch)."""
+        return rearrange(x, "n c (gh p) (gw q) -> n (gh gw) (c p q)", p=self.patch, q=self.patch)
+
+    def forward(self, field: Field, keep: Tensor | None = None) -> Tokens:
+        """Tokens of all patches, or of the patches at ``keep`` (n, K), behind the prefix tokens."""
+        patches = self.patchify(field.x)
+        positions = self.positions[self.prefix_tokens :].expand(len(patches), -1, -1)
+        if keep is not None:
+            patches, positions = gather_tokens(patches, keep), gather_tokens(positions, keep)
+        prefix = (self.prefix + self.positions[: self.prefix_tokens]).expand(len(patches), -1, -1)
+        return Tokens(torch.cat([prefix, self.embed(patches) + positions], dim=1))
+
+
+class ImageTokenizer(PatchTokenizer):
+    """One class token, then square patches (ViT, Dosovitskiy et al. 2021, section 3.1)."""
+
+    prefix_tokens = 1
+
+    def __init__(self, config: ModelConfig, view: ImageView, _: Vocabulary) -> None:
+        if view.size % config.image_patch:
+            raise ValueError(
+                f"model.image_patch={config.image_patch}: it must divide data.views.image.size={view.size}"
+            )
+        side = view.size // config.image_patch
+        super().__init__(config.width, 3, (side, side), config.image_patch)
+
+
+class AudioTokenizer(PatchTokenizer):
+    """Two prefix tokens, then patches of a spectrogram without overlap, low frequencies first.
+
+    AST (Gong et al. 2021, section 2.1) with stride = patch.
+    """
+
+    prefix_tokens = 2
+
+    def __init__(self, config: ModelConfig, view: AudioView, _: Vocabulary) -> None:
+        for name in ("mels", "frames"):
+            if (size := getattr(view, name)) % config.audio_patch:
+                raise ValueError(
+                    f"model.audio_patch={config.audio_patch}: it must divide data.views.audio.{name}={size}"
+                )
+        grid = (view.mels // config.audio_patch, view.frames // config.audio_patch)
+        super().__init__(config.width, 1, grid, config.audio_patch)
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """(n, frames, mels) -> (n, P, patch * patch); the patch grid is mels x frames."""
+        return super().patchify(x.transpose(1, 2)[:, None])
+
+
+class TextTokenizer(nn.Module):
+    """Token and position embeddings behind a LayerNorm; positions count from ``pad_id + 1`` as in RoBERTa."""
+
+    prefix_tokens = 0
+
+    def __init__(self, config: ModelConfig, view: TextView, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.pad_id = vocabulary.pad_id
+        self.embed = nn.Embedding(vocabulary.size, config.width)
+        self.positions = nn.Embedding(view.max_tokens + vocabulary.pad_id + 1, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+
+    def forward(self, field: Field, keep: Tensor | None = None) -> Tokens:
+        """(n, L) ids -> (n, L, D). ``keep`` is not for text: all of it is read."""
+        if keep is not None:
+            raise ValueError("text tokens are never dropped: keep must be None")
+        valid = torch.ones_like(field.x, dtype=torch.bool) if field.valid is None else field.valid
+        positions = valid.cumsum(dim=1) * valid + self.pad_id
+        return Tokens(self.norm(self.embed(field.x) + self.positions(positions)), field.valid)
+
+
+TOKENIZERS: dict[str, Any] = {"image": ImageTokenizer, "text": TextTokenizer, "audio": AudioTokenizer}

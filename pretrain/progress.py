@@ -1,0 +1,76 @@
+"""A line of progress on the terminal and in metrics.jsonl every few steps."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Progress:
+    """Averages what steps report and shows it, with rates and the time to go.
+
+    Values are kept as tensors and read only when a line is due, so that a step never waits for the device.
+    """
+
+    def __init__(self, metrics_file: Path, steps: int, start: int, batch_size: int, every: int) -> None:
+        self.metrics_file = metrics_file
+        self.steps, self.batch_size, self.every = steps, batch_size, every
+        self.step = start
+        self.begun = self.line_begun = time.perf_counter()
+        self.first = self.line_first = start
+        self.waited = 0.0
+        self.window: defaultdict[str, list[Tensor | float]] = defaultdict(list)
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass batches through and count the time spent waiting for them."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - before
+            yield batch
+
+    def update(self, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
+        """Take in one step's values; where a line is due, show it and return the means since the last one."""
+        for name, value in values.items():
+            self.window[name].append(value.detach() if isinstance(value, Tensor) else value)
+        self.step += 1
+        if self.step % self.every and self.step != self.steps:
+            return None
+        means = {name: sum(float(value) for value in seen) / len(seen) for name, seen in self.window.items()}
+        now = time.perf_counter()
+        seconds, steps = now - self.line_begun, self.step - self.line_first
+        rate = steps * self.batch_size / seconds
+        remaining = (self.steps - self.step) * (now - self.begun) / (self.step - self.first)
+        record = {"step": self.step, **means, "samples_per_second": rate, "data_wait": self.waited / seconds}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._print(means, rate, self.waited / seconds, remaining)
+        self.window.clear()
+        self.line_begun, self.line_first, self.waited = time.perf_counter(), self.step, 0.0
+        return means
+
+    def _print(self, means: Mapping[str, float], rate: float, waited: float, remaining: float) -> None:
+        hidden = ("learning_rate",)
+        values = "  ".join(f"{name} {value:.3g}" for name, value in means.items() if name not in hidden)
+        print(
+            f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {values}  {rate:.0f} samples/s  "
+            f"data wait {waited:.0%}  ETA {duration(remaining)}",
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:42, 3:07 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

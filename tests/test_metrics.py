@@ -1,0 +1,119 @@
+"""Accuracy, bootstrap intervals and baselines against values known in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from eval.metrics import accuracy, bootstrap_interval, chance, majority
+
+
+def bernoulli(rows: int, p: float, seed: int = 0) -> torch.Tensor:
+    return (torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < p).float()
+
+
+def test_accuracy_is_the_fraction_equal() -> None:
+    assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 0])) == 0.75
+
+
+def test_accuracy_counts_exactly_past_float32() -> None:
+    rows = 2**24 + 3
+    predicted = torch.zeros(rows, dtype=torch.int8)
+    predicted[0] = 1
+    assert accuracy(predicted, torch.zeros(rows, dtype=torch.int8)) == (rows - 1) / rows
+
+
+@pytest.mark.parametrize(("predicted", "labels"), [((3,), (4,)), ((3, 1), (3,)), ((1,), (5,)), ((0,), (0,)), ((), ())])
+def test_accuracy_refuses_shapes_that_would_broadcast(predicted: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"of one shape \(N,\) with N >= 1, got"):
+        accuracy(torch.zeros(predicted), torch.zeros(labels))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_interval_is_the_normal_one_for_many_rows(p: float) -> None:
+    correct = bernoulli(4000, p)
+    mean = correct.mean().item()
+    half_width = 1.96 * math.sqrt(mean * (1 - mean) / 4000)
+    low, high = bootstrap_interval(correct, samples=4000)
+    assert low == pytest.approx(mean - half_width, abs=0.08 * half_width)
+    assert high == pytest.approx(mean + half_width, abs=0.08 * half_width)
+
+
+def test_grouped_interval_covers_the_spread_of_groups_not_rows() -> None:
+    # 100 clips of 25 windows that are all right or all wrong: 100 observations, not 2500.
+    per_group = bernoulli(100, 0.6)
+    shuffle = torch.randperm(2500, generator=torch.Generator().manual_seed(1))
+    correct = per_group.repeat_interleave(25)[shuffle]
+    groups = (torch.arange(100) * 17 - 300).repeat_interleave(25)[shuffle]
+    mean = per_group.mean().item()
+    half_width = 1.96 * math.sqrt(mean * (1 - mean) / 100)
+    low, high = bootstrap_interval(correct, groups=groups, samples=4000)
+    assert low == pytest.approx(mean - half_width, abs=0.12 * half_width)
+    assert high == pytest.approx(mean + half_width, abs=0.12 * half_width)
+
+
+def test_groups_weigh_by_their_rows() -> None:
+    # 20 groups of 99 rows, all right, and 20 of one row, all wrong: the mean over rows is 0.99, over groups 0.5.
+    groups = torch.cat([torch.arange(20).repeat_interleave(99), torch.arange(20, 40)])
+    low, high = bootstrap_interval((groups < 20).float(), groups=groups)
+    assert 0.95 < low < 0.99 < high < 1
+
+
+def test_groups_of_one_row_equal_no_groups() -> None:
+    correct = bernoulli(200, 0.7)
+    assert bootstrap_interval(correct, groups=torch.arange(200)) == bootstrap_interval(correct)
+
+
+def test_interval_is_fixed_by_its_seed_and_leaves_the_global_generator_alone() -> None:
+    correct = bernoulli(301, 0.5)
+    state = torch.random.get_rng_state()
+    first = bootstrap_interval(correct)
+    torch.rand(5)
+    assert bootstrap_interval(correct) == first
+    assert bootstrap_interval(correct, seed=1) != first
+    torch.random.set_rng_state(state)
+    bootstrap_interval(correct)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_interval_over_several_batches_draws_every_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = bernoulli(500, 0.5)
+    mean = correct.mean().item()
+    half_width = 1.96 * math.sqrt(mean * (1 - mean) / 500)
+    monkeypatch.setattr("eval.metrics._DRAWS_PER_BATCH", 3 * 500)
+    low, high = bootstrap_interval(correct, samples=1001)
+    assert high - low == pytest.approx(2 * half_width, rel=0.15)
+
+
+def test_interval_of_booleans_and_of_equal_rows() -> None:
+    correct = bernoulli(100, 0.5)
+    assert bootstrap_interval(correct.bool()) == bootstrap_interval(correct)
+    assert bootstrap_interval(torch.ones(10)) == (1.0, 1.0)
+
+
+def test_interval_refuses_what_it_cannot_resample() -> None:
+    with pytest.raises(ValueError, match=r"^correct must be \(N,\) with N >= 1, got \(0,\)"):
+        bootstrap_interval(torch.zeros(0))
+    with pytest.raises(ValueError, match=r"^correct must be \(N,\) with N >= 1, got \(2, 2\)"):
+        bootstrap_interval(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"^groups must be \(4,\) like correct, got \(3,\)"):
+        bootstrap_interval(torch.zeros(4), groups=torch.arange(3))
+    with pytest.raises(ValueError, match=r"^groups must hold at least 2 groups, got only group 5"):
+        bootstrap_interval(torch.zeros(4), groups=torch.full((4,), 5))
+    with pytest.raises(ValueError, match=r"^samples must be at least 1, got 0"):
+        bootstrap_interval(torch.zeros(4), samples=0)
+
+
+def test_chance_counts_classes_present() -> None:
+    assert chance(torch.tensor([7, 7, -1, 90])) == 1 / 3
+    with pytest.raises(ValueError, match="at least one label"):
+        chance(torch.tensor([]))
+
+
+def test_majority_is_chosen_on_train_and_scored_on_test() -> None:
+    # Commonest in train is 5; in test it is 2.
+    assert majority(torch.tensor([2, 5, 5, 9]), torch.tensor([2, 2, 2, 5])) == 0.25
+    # Commonest in train of two equals: the lower.
+    assert majority(torch.tensor([9, 9, 5, 5]), torch.tensor([5, 9, 9, 9])) == 0.25
+    with pytest.raises(ValueError, match=r"^train_labels must be \(N,\) with N >= 1, got \(0,\)"):
+        majority(torch.tensor([]), torch.tensor([1]))
