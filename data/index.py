@@ -14,6 +14,8 @@ from typing import BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
 
+from data.errors import UserError
+
 SUFFIX = ".index.json"
 _SCHEMA = 1
 _BLOCK = 512
@@ -24,7 +26,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class ShardError(Exception):
+class ShardError(UserError):
     """A shard or its index cannot be used; the message names the path and, where known, the byte or key."""
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch, Field
 from data.decode import DECODERS, METADATA, MODALITIES, DecodeError, decode_metadata
+from data.errors import UserError
 from data.index import ShardIndex
 from data.order import Order
 from data.transforms import Views
@@ -47,7 +48,7 @@ class DataConfig:
             raise ValueError(f"data.workers={self.workers}: allowed are 0 and 1")
 
 
-class StreamError(Exception):
+class StreamError(UserError):
     """A sample that can't be used; names its shard and key."""
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data.errors import UserError
+
 _SPECIAL = {
     "cls_token": "<s>",
     "pad_token": "<pad>",
@@ -37,13 +39,16 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or a hub id, checked to have what masked-language modelling needs.
 
     Raises:
-        ValueError: it has no padding, mask or class token (the text embedding is read at the first token).
-        OSError: nothing there that can be loaded (from `transformers`).
+        UserError: nothing there that can be loaded, or a tokenizer without padding, mask or class token (the text
+            embedding is read at the first token).
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name_or_path))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {name_or_path} can't be loaded: {str(error).splitlines()[0]}") from error
     missing = [token for token in ("pad_token", "mask_token", "cls_token") if getattr(tokenizer, f"{token}_id") is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {name_or_path} has no {', '.join(missing)}: masked-language modelling needs all of "
             "pad_token, mask_token and cls_token (BERT and RoBERTa tokenizers have them, GPT-2's has not)"
         )
@@ -58,12 +63,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size: upper limit; at least 261 (256 bytes and five special tokens).
 
     Raises:
-        ValueError: ``vocab_size`` below 261.
+        UserError: ``vocab_size`` below 261.
     """
     special = list(_SPECIAL.values())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + len(special):
-        raise ValueError(f"tokenizer.train={vocab_size}: at least {len(alphabet) + len(special)} are needed")
+        raise UserError(f"tokenizer.train={vocab_size}: at least {len(alphabet) + len(special)} are needed")
     bpe = Tokenizer(models.BPE(unk_token=_SPECIAL["unk_token"]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()

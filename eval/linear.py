@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eval.metrics import accuracy, bootstrap_interval
 
-DEFAULT_STRENGTHS = tuple(10.0 ** (half / 2) for half in range(-10, 3))
-"""Two L2 strengths per decade, from 1e-5 to 10."""
+DEFAULT_STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 2))
+"""One L2 strength per decade, from 1e-5 to 10."""
 
 # Largest absolute gradient at which a fit counts as converged. At 1e-5 the fits of the weakest default
 # strengths still depend on where they start, by up to a point of accuracy.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data.index import ShardError, find_shards, load_index
-from data.stream import Source, StreamError
+from data.errors import UserError
+from data.index import find_shards, load_index
+from data.stream import Source
 from data.text import load_tokenizer
 from eval.features import Features, extract
 from eval.linear import Split, linear_probe
@@ -28,6 +29,10 @@ from eval.zeroshot import class_embeddings, zero_shot
 from pretrain.model.encoder import Encoder
 
 RETRIEVED = (1, 5, 10)
+
+
+class EvaluationError(UserError):
+    """Data that can't be scored; says which task and why."""
 
 
 @dataclass
@@ -46,11 +51,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ValueError(f"eval.templates: {template!r} must hold {{}} once, for the class's name")
+                raise EvaluationError(f"eval.templates: {template!r} must hold {{}} once, for the class's name")
         if self.classes and not self.templates:
-            raise ValueError("eval.templates is empty: zero-shot needs at least one")
+            raise EvaluationError("eval.templates is empty: zero-shot needs at least one")
         if self.batch_size < 1:
-            raise ValueError(f"eval.batch_size={self.batch_size}: allowed is 1 or more")
+            raise EvaluationError(f"eval.batch_size={self.batch_size}: allowed is 1 or more")
 
 
 def evaluate(
@@ -77,10 +82,10 @@ def evaluate(
 
     Raises:
         StreamError: a sample that can't be read or has no label.
-        ValueError: labels that don't fit ``config.classes``, or that a probe refuses.
+        EvaluationError: labels that don't fit ``config.classes``, or that a probe refuses.
     """
     if config.label is None:
-        raise ValueError("eval.label is null: there is nothing to score against")
+        raise EvaluationError("eval.label is null: there is nothing to score against")
     labels = label_ids({name: source.labels(config.label) for name, source in splits.items()}, config.classes)
     trained, random_init = (
         {
@@ -114,21 +119,21 @@ def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> dict[s
     """Labels as integers: numbers stay, names become their place in ``classes`` or, without, in sorted order.
 
     Raises:
-        ValueError: labels that are neither, or outside ``classes``.
+        EvaluationError: labels that are neither, or outside ``classes``.
     """
     everything = [label for split in labels.values() for label in split]
     if all(isinstance(label, int) for label in everything):
         outside = sorted({label for label in everything if classes and not 0 <= label < len(classes)})
         if outside:
-            raise ValueError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")
+            raise EvaluationError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")
         return dict(labels)
     if not all(isinstance(label, str) for label in everything):
         kinds = sorted({type(label).__name__ for label in everything})
-        raise ValueError(f"labels must be all whole numbers or all names, got {', '.join(kinds)}")
+        raise EvaluationError(f"labels must be all whole numbers or all names, got {', '.join(kinds)}")
     names = list(classes) or sorted(set(everything))
     unknown = sorted(set(everything) - set(names))
     if unknown:
-        raise ValueError(f"labels {unknown[:5]} are not among eval.classes: {', '.join(names)}")
+        raise EvaluationError(f"labels {unknown[:5]} are not among eval.classes: {', '.join(names)}")
     return {split: [names.index(label) for label in values] for split, values in labels.items()}
 
 
@@ -146,7 +151,7 @@ def class_prompts(
     """One embedding per class from all templates: (C, E)."""
     view = encoder.views.text
     if view is None:
-        raise ValueError("zero-shot needs an encoder with text")
+        raise EvaluationError("zero-shot needs an encoder with text")
     encoder = encoder.to(device).eval()
     prompts = []
     for name in config.classes:
@@ -163,7 +168,10 @@ def _linear(
     def probe(features: dict[str, dict[str, Features]], raw: bool) -> tuple[dict[str, Any], Tensor]:
         parts = [features[split][modality] for split in ("train", "val", "test")]
         splits = [Split(part.raw if raw else part.features, part.labels) for part in parts]
-        result = linear_probe(*splits)
+        try:
+            result = linear_probe(*splits)
+        except ValueError as error:
+            raise EvaluationError(f"linear/{modality}: {error}") from error
         return {"top1": result.top1, "strength": result.strength, "val_top1": result.val_top1}, result.predicted
 
     test = trained["test"][modality]
@@ -224,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder, tokenizer = Encoder.load(folder), load_tokenizer(folder / "tokenizer")
         results = evaluate(encoder, tokenizer, splits, config, device, workers=0)
-    except (ValueError, FileNotFoundError, ShardError, StreamError) as error:
+    except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(results))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from data.errors import UserError
 from data.text import load_tokenizer
 from objectives.pretraining import Pretraining
 from pretrain.model.encoder import Encoder
@@ -28,7 +29,7 @@ LAST = "last"
 _PARTIAL = ".partial"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that can't be read or doesn't belong to this run; names its folder and what differs."""
 
 
@@ -145,7 +146,7 @@ def load_encoder(checkpoint: Path) -> Trained:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: its tensors don't fit its config.
+        UserError: its tensors don't fit its config.
     """
     folder = checkpoint / "encoder"
     return Trained(Encoder.load(folder).eval(), load_tokenizer(folder / "tokenizer"))

@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.errors import UserError
 from data.stream import DataConfig
 from data.text import TokenizerConfig
 from eval.run import EvalConfig
@@ -17,7 +18,7 @@ from objectives.pretraining import ObjectivesConfig
 from pretrain.model.tokenizers import ModelConfig
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A recipe or an override that can't be used; names every key that is wrong."""
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from data.errors import UserError
 from data.index import find_shards, load_index
 from data.order import Order
 from data.stream import Source, Stream
@@ -30,7 +31,7 @@ from pretrain.model.tokenizers import Vocabulary
 from pretrain.progress import Progress
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training can't go on; names the step and the terms."""
 
 
@@ -172,7 +173,7 @@ def make_tokenizer(config: TokenizerConfig, source: Source, checkpoint: Path | N
     """The tokenizer of the checkpoint if there is one, else the named one, else one trained on the captions.
 
     Raises:
-        ValueError: the tokenizer lacks a token that training needs, or ``train`` is too small.
+        UserError: the tokenizer lacks a token that training needs, or ``train`` is too small.
     """
     if checkpoint is not None:
         return load_tokenizer(checkpoint / "encoder" / "tokenizer")

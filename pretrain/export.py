@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from data.batch import Field
+from data.errors import UserError
 from pretrain.checkpoint import load_encoder
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import LAYER_NORM_EPS, Block
@@ -39,7 +40,7 @@ from pretrain.model.layers import LAYER_NORM_EPS, Block
 TOLERANCE = 1e-5
 
 
-class ExportError(Exception):
+class ExportError(UserError):
     """An export that does not give the encoder's features."""
 
 
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         folders = export(*load_encoder(arguments.checkpoint), arguments.out)
-    except (FileNotFoundError, ValueError, ExportError) as error:
+    except (FileNotFoundError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for modality, folder in folders.items():

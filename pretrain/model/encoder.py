@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import Field
+from data.errors import UserError
 from data.transforms import Views
 from pretrain.model.layers import LAYER_NORM_EPS, Block, init_weights
 from pretrain.model.tokenizers import TOKENIZERS, ModelConfig, Tokens, Vocabulary
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
             vocabulary: size and padding id of the text tokenizer.
 
         Raises:
-            ValueError: sizes that patches don't divide.
+            UserError: sizes that patches don't divide.
         """
         super().__init__()
         self.config, self.views, self.vocabulary = config, views, vocabulary
@@ -171,11 +172,11 @@ class Encoder(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another schema, or tensors that are missing, left over or of another shape.
+            UserError: another schema, or tensors that are missing, left over or of another shape.
         """
         config = json.loads((folder / "config.json").read_text())
         if config.get("schema") != SCHEMA:
-            raise ValueError(f"{folder}/config.json: schema {config.get('schema')}; this version reads {SCHEMA}")
+            raise UserError(f"{folder}/config.json: schema {config.get('schema')}; this version reads {SCHEMA}")
         model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
         views: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Views), config["views"]))
         vocabulary = config["vocabulary"]
@@ -183,7 +184,7 @@ class Encoder(nn.Module):
         try:
             encoder.load_state_dict(load_file(folder / "model.safetensors"))
         except RuntimeError as error:
-            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
         return encoder
 
 

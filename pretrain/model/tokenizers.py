@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data.batch import Field
+from data.errors import UserError
 from data.transforms import AudioView, ImageView, TextView
 from pretrain.model.layers import LAYER_NORM_EPS, gather_tokens
 
@@ -129,7 +130,7 @@ class AudioTokenizer(PatchTokenizer):
     def __init__(self, config: ModelConfig, view: AudioView, _: Vocabulary) -> None:
         for name in ("mels", "frames"):
             if (size := getattr(view, name)) % config.audio_patch:
-                raise ValueError(
+                raise UserError(
                     f"model.audio_patch={config.audio_patch}: it must divide data.views.audio.{name}={size}"
                 )
         grid = (view.mels // config.audio_patch, view.frames // config.audio_patch)
