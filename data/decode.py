@@ -56,16 +56,21 @@ def decode_image(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow's own bomb check only warns at our sizes; ours, below, is an error before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise DecodeError(f"image of {image.width}x{image.height}: at most {MAX_PIXELS} pixels are allowed")
+        if image.mode.startswith("I"):
+            # 16-bit grey: Pillow would clip it at 255, and nearly all of it would be white.
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             white = Image.new("RGBA", rgba.size, "white")
             return Image.alpha_composite(white, rgba).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for some broken PNGs.
+    except DecodeError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError or ValueError for some broken PNGs.
         raise DecodeError(f"image of {len(data)} bytes: {error}") from error
 
 
@@ -99,6 +104,8 @@ def decode_audio(data: bytes) -> Waveform:
             samples = sound.read(dtype="float32", always_2d=True)
             if len(samples) != sound.frames or len(samples) == 0:
                 raise DecodeError(f"audio holds {len(samples)} of {sound.frames} announced samples")
+            if not np.isfinite(samples).all():
+                raise DecodeError("audio holds samples that are not finite")
             return Waveform(samples.mean(axis=1, dtype=np.float32), sound.samplerate)
     except soundfile.LibsndfileError as error:
         raise DecodeError(f"audio of {len(data)} bytes: {error}") from error
@@ -112,7 +119,7 @@ def decode_metadata(data: bytes) -> dict[str, Any]:
     """
     try:
         metadata = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from deep nesting
         raise DecodeError(f"metadata is not JSON: {error}") from error
     if not isinstance(metadata, dict):
         raise DecodeError(f"metadata is a JSON {type(metadata).__name__}: an object is needed")

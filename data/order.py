@@ -45,6 +45,8 @@ class Order:
             raise ValueError(f"{len(shard_sizes)} shards hold no samples: nothing to order")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed}: allowed are 0 .. 2**32 - 1")
+        if window < 1:
+            raise ValueError(f"window={window}: allowed is 1 or more")
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.epoch_size = int(self.sizes.sum())
         self.seed = seed
@@ -52,6 +54,10 @@ class Order:
         # The walk is nearly always forward, so the last few tables serve all look-ups.
         self._epoch = lru_cache(maxsize=2)(self._epoch_tables)
         self._window = lru_cache(maxsize=2)(self._window_order)
+
+    def __reduce__(self) -> tuple[type["Order"], tuple[list[int], int, int]]:
+        # The caches can't be pickled, which a worker process that is not forked needs.
+        return Order, (self.sizes.tolist(), self.seed, self.window)
 
     def at(self, position: int) -> Place:
         """The epoch, shard and sample within the shard at a global position (0, 1, 2, ...)."""

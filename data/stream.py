@@ -19,6 +19,9 @@ from data.index import ShardIndex
 from data.order import Order
 from data.transforms import Views
 
+# Several windows of shards; a process may often open no more than 1024 files.
+MAX_OPEN_FILES = 64
+
 
 @dataclass
 class DataConfig:
@@ -136,6 +139,8 @@ class Source:
         key, members = index.samples[sample]
         offset, size = members[extension]
         if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(index.path, os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)
         try:

@@ -46,12 +46,15 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name_or_path} can't be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer.padding_side = "right"  # the embedding is read at the first token, wherever the tokenizer was made
     missing = [token for token in ("pad_token", "mask_token", "cls_token") if getattr(tokenizer, f"{token}_id") is None]
     if missing:
         raise UserError(
             f"tokenizer {name_or_path} has no {', '.join(missing)}: masked-language modelling needs all of "
             "pad_token, mask_token and cls_token (BERT and RoBERTa tokenizers have them, GPT-2's has not)"
         )
+    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
+        raise UserError(f"tokenizer {name_or_path} does not begin with its cls_token, where the embedding is read")
     return tokenizer
 
 

@@ -105,7 +105,12 @@ class TextView:
     def stack(self, values: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Field:
         """(n, L) int64 ids, padded to the longest of the batch, and which of them are no padding."""
         encoded = tokenizer(
-            list(values), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            list(values),
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+            split_special_tokens=True,  # "<mask>" or "<s>" in a caption is text
         )
         return Field(encoded["input_ids"], torch.arange(len(values)), encoded["attention_mask"].bool())
 
@@ -139,7 +144,7 @@ class AudioView:
         _check(self.frames >= 1, "audio.frames", self.frames, "1 or more")
         _check(self.mels >= 1, "audio.mels", self.mels, "1 or more")
         _check(self.std > 0, "audio.std", self.std, "above 0")
-        _check(0 <= self.speed < 1, "audio.speed", self.speed, "from 0 to below 1")
+        _check(0 <= self.speed <= 0.9, "audio.speed", self.speed, "from 0 to 0.9")
         for name in ("shift", "noise", "gain"):
             _check(getattr(self, name) >= 0, f"audio.{name}", getattr(self, name), "0 or more")
 
@@ -178,17 +183,18 @@ class AudioView:
         return LogMel(self)
 
     def _augment(self, x: npt.NDArray[np.float32], random: np.random.Generator) -> npt.NDArray[np.float32]:
+        loudness = np.sqrt(np.mean(np.square(x)))  # of the clip itself, before silence dilutes it
         if len(x) > self.samples:
             x = x[random.integers(len(x) - self.samples + 1) :]
         elif self.shift > 0:
             # Never so far that the clip's end is pushed out.
             longest = min(int(self.shift * SAMPLE_RATE), self.samples - len(x))
             x = np.concatenate([np.zeros(random.integers(longest + 1), dtype=np.float32), x])
+        if self.noise > 0:
+            level = np.float32(loudness * self.noise * random.random())
+            x = x + level * random.standard_normal(len(x), dtype=np.float32)
         if self.gain > 0:
             x = x * np.float32(10 ** (self.gain * random.uniform(-1, 1) / 20))
-        if self.noise > 0:
-            level = np.sqrt(np.mean(np.square(x))) * self.noise * random.random()
-            x = x + level.astype(np.float32) * random.standard_normal(len(x), dtype=np.float32)
         return x
 
 

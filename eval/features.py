@@ -98,6 +98,9 @@ def raw_input(modality: str, field: Field, vocabulary_size: int) -> Tensor:
 
 
 def content_ids(field: Field) -> Tensor:
-    """(n,) int64, equal for rows whose input is equal; padding counts only through its values."""
-    digests = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in field.x.cpu()]
+    """(n,) int64, equal for rows whose input is equal, whatever the length that their batches were padded to."""
+    rows = list(field.x.cpu())
+    if field.valid is not None:
+        rows = [row[valid] for row, valid in zip(rows, field.valid.cpu(), strict=True)]
+    digests = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
     return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests])  # 63 bits fit an int64

@@ -96,6 +96,9 @@ def evaluate(
     )
     results: Results = {}
     for modality in trained["test"]:
+        for split in ("train", "val"):
+            if modality not in trained[split]:
+                raise EvaluationError(f"linear/{modality}: the test split has {modality}, the {split} split has none")
         results[f"linear/{modality}"] = _linear(modality, trained, random_init)
     if config.classes and encoder.views.text is not None:
         targets, random_targets = (
@@ -122,7 +125,7 @@ def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> dict[s
         EvaluationError: labels that are neither, or outside ``classes``.
     """
     everything = [label for split in labels.values() for label in split]
-    if all(isinstance(label, int) for label in everything):
+    if all(type(label) is int for label in everything):  # a bool is an int, too
         outside = sorted({label for label in everything if classes and not 0 <= label < len(classes)})
         if outside:
             raise EvaluationError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")

@@ -24,6 +24,16 @@ OBJECTIVES: dict[str, Any] = {
 
 
 @dataclass
+class KeepConfig:
+    """Share of its patches that the encoder sees, per modality made of patches."""
+
+    image: float = 1.0
+    """Of an image's patches."""
+    audio: float = 1.0
+    """Of a spectrogram's patches."""
+
+
+@dataclass
 class ObjectivesConfig:
     """The losses, and how much of each input the encoder sees."""
 
@@ -33,23 +43,22 @@ class ObjectivesConfig:
     """Masked-language loss, on the joint pass."""
     masked_region: MaskedRegionConfig = field(default_factory=MaskedRegionConfig)
     """Masked-region losses of image and audio, on the joint pass."""
-    keep_image: float = 0.5
-    """Share of image patches that the unimodal pass sees."""
-    keep_audio: float = 0.25
-    """Share of spectrogram patches that the unimodal pass sees."""
-    joint_keep_image: float = 0.25
-    """Share of image patches that the joint pass sees; the others are predicted."""
-    joint_keep_audio: float = 0.2
-    """Share of spectrogram patches that the joint pass sees; the others are predicted."""
+    keep: KeepConfig = field(default_factory=lambda: KeepConfig(image=0.5, audio=0.25))
+    """What the unimodal pass sees."""
+    joint_keep: KeepConfig = field(default_factory=lambda: KeepConfig(image=0.25, audio=0.2))
+    """What the joint pass sees; the other patches are predicted."""
     joint_share: float = 1.0
     """Share of the batch that takes the joint pass. Contrastive learning wants large batches, masking does not."""
     final_whole: float = 0.05
     """The unimodal pass sees whole inputs in this last share of the steps, since exports always do."""
 
     def __post_init__(self) -> None:
-        for name in ("keep_image", "keep_audio", "joint_keep_image", "joint_keep_audio", "joint_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"objectives.{name}={getattr(self, name)}: allowed is above 0 and at most 1")
+        for part in ("keep", "joint_keep"):
+            for name, share in vars(getattr(self, part)).items():
+                if not 0 < share <= 1:
+                    raise ValueError(f"objectives.{part}.{name}={share}: allowed is above 0 and at most 1")
+        if not 0 < self.joint_share <= 1:
+            raise ValueError(f"objectives.joint_share={self.joint_share}: allowed is above 0 and at most 1")
         if not 0 <= self.final_whole <= 1:
             raise ValueError(f"objectives.final_whole={self.final_whole}: allowed is 0 to 1")
         for name in OBJECTIVES:
@@ -104,7 +113,8 @@ class Pretraining(nn.Module):
             joint = [self._joint(group, generator) for group in group_by_presence(batch, rows)]
         passes = Passes(self.encoder, embeddings, joint)
 
-        total = torch.zeros((), device=self.ordinary.device)
+        # With a gradient, so that a batch that feeds no objective is a step of zeros and no error.
+        total = 0.0 * self.encoder.norm.bias.sum()
         terms: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             for term, value in objective(passes).items():
@@ -118,7 +128,7 @@ class Pretraining(nn.Module):
             keep = None
             tokenizer = self.encoder.tokenizers[name]
             if isinstance(tokenizer, PatchTokenizer) and not whole:
-                share = getattr(self.config, f"keep_{name}")
+                share = getattr(self.config.keep, name)
                 keep = split_patches(len(inputs.x), tokenizer.num_patches, share, generator).visible
             features = self.encoder.pool(name, self.encoder.encode(name, inputs, keep))
             embeddings[name] = Field(self.encoder.project(name, features), inputs.rows)
@@ -131,7 +141,7 @@ class Pretraining(nn.Module):
         for name, field_ in inputs.items():
             tokenizer = self.encoder.tokenizers[name]
             if isinstance(tokenizer, PatchTokenizer):
-                share = getattr(self.config, f"joint_keep_{name}")
+                share = getattr(self.config.joint_keep, name)
                 splits[name] = split_patches(len(field_.x), tokenizer.num_patches, share, generator)
                 streams[name] = self.encoder.tokens(name, field_, splits[name].visible)
             elif "masked_language" in self.objectives:
@@ -151,6 +161,8 @@ def group_by_presence(batch: Batch, rows: int) -> list[dict[str, Field]]:
     Returns:
         for each set of modalities that occurs: modality -> Field of the group's samples, in row order.
     """
+    if not batch.fields:
+        return []
     present = torch.stack([torch.isin(torch.arange(rows), f.rows) for f in batch.fields.values()], dim=1)  # (rows, M)
     groups = []
     for pattern in torch.unique(present, dim=0):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -134,8 +135,12 @@ def load_checkpoint(checkpoint: Path, model: Pretraining, optimizer: Optimizer, 
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    except (RuntimeError, ValueError) as error:
+        # Hyper-parameters are this run's, as they stand in its config.yaml; the saved ones only say what belongs where.
+        groups = optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+            raise ValueError("the optimiser has other parameters")
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from error
     step: int = saved["step"]
     return step

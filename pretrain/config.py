@@ -58,13 +58,13 @@ class TrainConfig:
         if self.batch_size < 2:
             raise ValueError(f"train.batch_size={self.batch_size}: allowed is 2 or more; contrast needs two samples")
         for name in ("learning_rate", "clip_norm"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not, either
                 raise ValueError(f"train.{name}={getattr(self, name)}: allowed is above 0")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup={self.warmup}: allowed is 0 to 1, a share of the steps")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"train.beta2={self.beta2}: allowed is 0 to below 1")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"train.weight_decay={self.weight_decay}: allowed is 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"train.precision={self.precision}: allowed are auto, fp32, bf16")
@@ -123,9 +123,14 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     schema = OmegaConf.structured(Config)
     try:
         given = OmegaConf.load(recipe)
-        dotted = OmegaConf.from_dotlist([_checked_override(override) for override in overrides])
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
         raise ConfigError(f"{recipe}: {error}") from error
+    dotted = OmegaConf.create()
+    for override in overrides:
+        try:
+            dotted.merge_with_dotlist([_checked_override(override)])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"command line: {override}: {error}") from error
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{recipe}: a mapping of keys to values is needed")
 
@@ -136,6 +141,9 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
+    for part in (given, dotted):
+        if (misfit := next(_misfits(part, schema), None)) is not None:
+            raise ConfigError(misfit)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, given, dotted))
     except OmegaConfBaseException as error:
@@ -169,6 +177,18 @@ def _unknown_keys(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
             yield key
         else:
             yield from _unknown_keys(given._get_node(name), schema._get_node(name), f"{key}.")
+
+
+def _misfits(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
+    """Sections that got a single value; OmegaConf's own message names no key."""
+    for name in given:
+        node, expected = given._get_node(name), schema._get_node(name)
+        if not isinstance(expected, DictConfig):
+            continue
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from _misfits(node, expected, f"{prefix}{name!s}.")
+        elif not node._is_none() and not node._is_interpolation():
+            yield f"{prefix}{name!s}: {node} is no section; allowed are its keys: {', '.join(map(str, expected))}"
 
 
 def _all_keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:

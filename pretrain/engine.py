@@ -67,6 +67,7 @@ def pretrain(config: Config) -> Path:
     if resumed_from is not None:
         step = load_checkpoint(resumed_from, bare, bare_optimizer, data_state)
         print(f"resumed from {resumed_from} at step {step}")
+    record_run(config)
     drop_later_metrics(Path(config.out) / "metrics.jsonl", step)
     describe(config, accelerator, encoder, source, len(tokenizer))
 
@@ -87,9 +88,9 @@ def pretrain(config: Config) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        means = progress.update({"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate})
-        if means is not None or step % config.train.save_every == 0:
+        if progress.due or step % config.train.save_every == 0:
             check_finite(loss, norm, step)
+        progress.update({"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate})
         if step % config.train.save_every == 0 or step == steps:
             save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, data_state, config.train.keep)
         if step == steps:
@@ -134,7 +135,7 @@ def available_cpus() -> int:
 
 
 def prepare_folder(config: Config) -> Path:
-    """Make the run's folder, with config.yaml and env.json; returns its ``checkpoints``.
+    """Make the run's folder; returns its ``checkpoints``.
 
     Raises:
         ConfigError: ``resume=none`` where there is a checkpoint already.
@@ -144,6 +145,12 @@ def prepare_folder(config: Config) -> Path:
     if config.resume == "none" and find_last(checkpoints) is not None:
         raise ConfigError(f"resume=none, but {checkpoints} holds a checkpoint: choose another `out`, or remove it")
     checkpoints.mkdir(parents=True, exist_ok=True)
+    return checkpoints
+
+
+def record_run(config: Config) -> None:
+    """Write config.yaml and env.json, once it is sure that this configuration runs."""
+    out = Path(config.out)
     (out / "config.yaml").write_text(to_yaml(config))
     packages = ("torch", "transformers", "accelerate", "datasets", "webdataset", "numpy", "tokenizers", "safetensors")
     environment = {
@@ -156,7 +163,6 @@ def prepare_folder(config: Config) -> Path:
         "packages": {name: version(name) for name in packages},
     }
     (out / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
-    return checkpoints
 
 
 def open_source(config: Config, split: str) -> Source:
@@ -166,7 +172,9 @@ def open_source(config: Config, split: str) -> Source:
         ShardError: a shard is missing or damaged; names it.
     """
     patterns: Sequence[str] = getattr(config.data, split)
-    return Source([load_index(path) for path in find_shards([str(Path(config.data.root) / p) for p in patterns])])
+    # A URL stays as it is, for find_shards to refuse by its own name.
+    rooted = [p if "://" in p or p.startswith("pipe:") else str(Path(config.data.root) / p) for p in patterns]
+    return Source([load_index(path) for path in find_shards(rooted)])
 
 
 def make_tokenizer(config: TokenizerConfig, source: Source, checkpoint: Path | None) -> PreTrainedTokenizerBase:

@@ -7,6 +7,8 @@ writes and reads. Each export is loaded back and compared before it gets its fin
 """
 
 import argparse
+import copy
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -97,7 +99,7 @@ def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> 
         model.pooler.dense.bias.zero_()
     model.save_pretrained(folder)
     ViTImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": side, "width": side}, do_convert_rgb=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(folder)
 
 
@@ -155,8 +157,19 @@ def export_text(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Pa
         _copy(model.LayerNorm, encoder.norm)
         _copy(model.pooler.dense, _part(encoder, "heads.text").dense)
     model.save_pretrained(folder)
-    tokenizer.model_max_length = positions - encoder.vocabulary.pad_id - 1
+    save_tokenizer(tokenizer, folder, positions - encoder.vocabulary.pad_id - 1)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
+    """Save under the class name that every release of `transformers` knows; 5.x writes one of its own."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = max_length
+    tokenizer.backend_tokenizer.no_padding()  # left by the last call, and saved with it
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 EXPORTS: dict[str, Callable[[Encoder, PreTrainedTokenizerBase, Path], None]] = {

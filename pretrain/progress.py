@@ -39,12 +39,18 @@ class Progress:
             self.waited += time.perf_counter() - before
             yield batch
 
+    @property
+    def due(self) -> bool:
+        """Whether the coming update shows a line: every so many steps, and at the last one."""
+        return (self.step + 1) % self.every == 0 or self.step + 1 == self.steps
+
     def update(self, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
         """Take in one step's values; where a line is due, show it and return the means since the last one."""
+        due = self.due
         for name, value in values.items():
             self.window[name].append(value.detach() if isinstance(value, Tensor) else value)
         self.step += 1
-        if self.step % self.every and self.step != self.steps:
+        if not due:
             return None
         means = {name: sum(float(value) for value in seen) / len(seen) for name, seen in self.window.items()}
         now = time.perf_counter()

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", help="YAML file; default: the digits recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # no recipe was given, only settings
         recipe, overrides = None, [recipe, *overrides]
@@ -87,12 +87,12 @@ def run(config: Config) -> None:
 
 def closing_screen(out: Path, checkpoint: Path, modalities: Sequence[str]) -> str:
     """What lies where, and the commands to copy next."""
-    first = modalities[0]
+    first, results = modalities[0], out / "eval" / "results.json"
     return f"""\
 run         {out}
 checkpoint  {checkpoint}
 metrics     {out / "metrics.jsonl"}
-results     {out / "eval" / "results.json"}
+results     {results if results.exists() else "none: eval.label is null"}
 export      {out / "export"}/{{{",".join(modalities)}}}
 
 next

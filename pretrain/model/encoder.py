@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -183,7 +184,7 @@ class Encoder(nn.Module):
         encoder = cls(model, views, Vocabulary(**{**vocabulary, "special_ids": tuple(vocabulary["special_ids"])}))
         try:
             encoder.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
         return encoder
 

@@ -38,6 +38,8 @@ class ModelConfig:
         for name in ("width", "depth", "heads", "embed_dim", "image_patch", "audio_patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: allowed is 1 or more")
+        if not self.width * self.mlp_ratio >= 1:
+            raise ValueError(f"model.mlp_ratio={self.mlp_ratio}: allowed is above 0, and 1 / model.width or more")
         if self.width % self.heads:
             raise ValueError(f"model.heads={self.heads}: it must divide model.width={self.width}")
         if self.sharing != "all":
@@ -112,9 +114,7 @@ class ImageTokenizer(PatchTokenizer):
 
     def __init__(self, config: ModelConfig, view: ImageView, _: Vocabulary) -> None:
         if view.size % config.image_patch:
-            raise ValueError(
-                f"model.image_patch={config.image_patch}: it must divide data.views.image.size={view.size}"
-            )
+            raise UserError(f"model.image_patch={config.image_patch}: it must divide data.views.image.size={view.size}")
         side = view.size // config.image_patch
         super().__init__(config.width, 3, (side, side), config.image_patch)
 

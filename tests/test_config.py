@@ -1,0 +1,266 @@
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from data.digits import CLASS_NAMES, TEMPLATES
+from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
+
+DIGITS = Path(__file__).parents[1] / "pretrain" / "recipes" / "digits.yaml"
+
+
+def refusal(*overrides: str, recipe: Path = DIGITS) -> str:
+    """The message with which a configuration is refused."""
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, overrides)
+    return str(error.value)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def nested(cls: Any) -> Iterator[Any]:
+    """A dataclass and all dataclasses that its fields hold."""
+    yield cls
+    for hint in get_type_hints(cls).values():
+        for part in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from nested(part)
+
+
+def test_all_unknown_keys_are_listed_with_the_nearest_valid_one(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "data: {trian: [a.tar]}\ntrain: {lerning_rate: 1.0, steps: 3}\nmodle: {width: 8}\n")
+    lines = refusal("objectives.keep.imgae=0.5", "zzz=1", recipe=recipe).splitlines()
+    assert lines == [
+        f"{recipe}: unknown key 'data.trian'; did you mean 'data.train'?",
+        f"{recipe}: unknown key 'train.lerning_rate'; did you mean 'train.learning_rate'?",
+        f"{recipe}: unknown key 'modle'; did you mean 'model'?",
+        "command line: unknown key 'objectives.keep.imgae'; did you mean 'objectives.keep.image'?",
+        "command line: unknown key 'zzz'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "suggested"),
+    [
+        ("steps=10", ["train.steps"]),
+        ("model.learning_rate=1", ["train.learning_rate"]),
+        ("leraning_rate=1", ["train.learning_rate"]),
+        ("data.views.video.frames=8", ["data.views.image"]),
+        ("batch_size=8", ["train.batch_size", "eval.batch_size"]),
+    ],
+)
+def test_a_misplaced_key_is_sent_to_its_place(override: str, suggested: list[str]) -> None:
+    message = refusal(override)
+    assert "unknown key" in message
+    assert message.endswith(f"; did you mean {' or '.join(repr(key) for key in suggested)}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("lr=1", "'lr'"), ("1=2", "'1'"), ("=5", "''"), ("train.=5", "'train.'"), ("train.steps.x=5", "train.steps:")],
+)
+def test_a_key_that_nothing_resembles_is_an_error_too(override: str, named: str) -> None:
+    assert named in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.steps=abc", "train.steps", "abc"),
+        ("train.steps=1.5", "train.steps", "1.5"),
+        ("train.steps=true", "train.steps", "True"),
+        ("train.learning_rate=fast", "train.learning_rate", "fast"),
+        ("data.views.image.flip=perhaps", "data.views.image.flip", "perhaps"),
+        ("data.train=a.tar", "data.train", ""),
+        ("eval.classes=5", "eval.classes", ""),
+        ("out=null", "out", "None"),
+        ("model=null", "model", ""),
+        ("train=5", "train", "5"),
+        ("data.views.image=5", "data.views.image", "5"),
+        ("train.steps=${train.stepz}", "train.steps", "stepz"),
+    ],
+)
+def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"{key}:")
+    assert value in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("seed=-1", "0 to 2**32 - 1"),
+        ("seed=4294967296", "0 to 2**32 - 1"),
+        ("resume=yes please", "auto, none"),
+        ("data.embedded=mnist", "digits, null"),
+        ("data.workers=2", "0 and 1"),
+        ("data.workers=-1", "0 and 1"),
+        ("data.views.image.size=0", "1 or more"),
+        ("data.views.image.crop_scale=0.0", "above 0 and at most 1"),
+        ("data.views.image.crop_scale=1.1", "above 0 and at most 1"),
+        ("data.views.text.max_tokens=2", "3 or more"),
+        ("data.views.audio.frames=0", "1 or more"),
+        ("data.views.audio.mels=0", "1 or more"),
+        ("data.views.audio.std=0.0", "above 0"),
+        ("data.views.audio.speed=1.0", "from 0 to "),
+        ("data.views.audio.speed=-0.1", "from 0 to "),
+        ("data.views.audio.shift=-1.0", "0 or more"),
+        ("data.views.audio.noise=-1.0", "0 or more"),
+        ("data.views.audio.gain=-1.0", "0 or more"),
+        *((f"model.{name}=0", "") for name in ("width", "depth", "heads", "embed_dim", "image_patch", "audio_patch")),
+        ("model.mlp_ratio=0.0", "or more"),
+        ("model.mlp_ratio=-1.0", "or more"),
+        ("model.heads=3", "must divide model.width=128"),
+        ("model.sharing=none", "all"),
+        *(
+            (f"objectives.{name}={value}", "above 0 and at most 1")
+            for name in ("keep.image", "keep.audio", "joint_keep.image", "joint_keep.audio", "joint_share")
+            for value in ("0.0", "1.5")
+        ),
+        ("objectives.final_whole=-0.1", "0 to 1"),
+        ("objectives.final_whole=1.1", "0 to 1"),
+        ("objectives.contrastive.weight=-1.0", "0 or more"),
+        ("objectives.contrastive.temperature=0.001", "0.01 or more"),
+        ("objectives.masked_language.weight=-1.0", "0 or more"),
+        ("objectives.masked_language.rate=0.0", "above 0 and at most 1"),
+        ("objectives.masked_language.rate_paired=1.5", "above 0 and at most 1"),
+        ("objectives.masked_region.weight=-1.0", "0 or more"),
+        ("objectives.masked_region.decoder_width=0", "1 or more"),
+        ("objectives.masked_region.decoder_depth=0", "1 or more"),
+        ("objectives.masked_region.decoder_heads=0", "1 or more"),
+        ("objectives.masked_region.decoder_heads=3", "must divide decoder_width=64"),
+        *((f"train.{name}=0", "1 or more") for name in ("steps", "log_every", "save_every", "keep", "threads")),
+        ("train.batch_size=1", "2 or more"),
+        ("train.learning_rate=0.0", "above 0"),
+        ("train.learning_rate=nan", "above 0"),
+        ("train.clip_norm=0.0", "above 0"),
+        ("train.weight_decay=-0.1", "0 or more"),
+        ("train.weight_decay=nan", "0 or more"),
+        ("train.beta2=1.0", "0 to below 1"),
+        ("train.beta2=-0.1", "0 to below 1"),
+        ("train.warmup=1.1", "0 to 1"),
+        ("train.warmup=-0.1", "0 to 1"),
+        ("train.precision=fp16", "auto, fp32, bf16"),
+        ("eval.batch_size=0", "1 or more"),
+    ],
+)
+def test_a_bound_is_an_error_with_key_value_and_what_is_allowed(override: str, allowed: str) -> None:
+    # YAML spells the number that is none with a dot.
+    message = refusal(override.replace("=nan", "=.nan"))
+    assert message.startswith(override)
+    assert allowed in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train=[]"], "data.train is empty"),
+        (["data.val=[]"], "eval.label=label needs data.val and data.test"),
+        (["data.test=[]"], "eval.label=label needs data.val and data.test"),
+        (["tokenizer.train=null"], "tokenizer: give name"),
+        (["tokenizer.name=roberta-base"], "tokenizer.name=roberta-base and tokenizer.train=1000: give one"),
+        (["eval.templates=[a digit]"], "eval.templates: 'a digit' must hold {} once"),
+        (["eval.templates=['{} {}']"], "eval.templates: '{} {}' must hold {} once"),
+        (["eval.templates=[]"], "eval.templates is empty"),
+        ([f"objectives.{name}.weight=0" for name in ("contrastive", "masked_language", "masked_region")], "weight 0"),
+        ([f"data.views.{name}=null" for name in ("image", "text", "audio")], "data.views has no modality"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], words: str) -> None:
+    assert words in refusal(*overrides)
+
+
+def test_a_view_may_be_null() -> None:
+    config = load_config(DIGITS, ["data.views.audio=null"])
+    assert list(config.data.views.used) == ["image", "text"]
+    assert load_config(DIGITS, ["data.views.image=null", "data.views.text=null"]).data.views.image is None
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
+    config = load_config(DIGITS, ["train.steps=7", "data.train=[a.tar, b.tar]", "train.steps=8"])
+    assert config.train.steps == 8
+    assert config.data.train == ["a.tar", "b.tar"]
+    assert config.model.width == 128
+    assert config.train.clip_norm == TrainConfig().clip_norm
+
+
+def test_a_missing_recipe_names_its_path(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.yaml") in refusal(recipe=tmp_path / "no.yaml")
+    assert str(tmp_path) in refusal(recipe=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n", "5\n", "a: b: c\n", "train: {steps: 3\n", "train:\n  steps: 1\n  steps: 2\n", "null: 1\n"]
+)
+def test_what_is_no_mapping_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+    recipe = written(tmp_path, text)
+    assert refusal(recipe=recipe).startswith(f"{recipe}: ")
+
+
+def test_an_empty_recipe_still_needs_shards(tmp_path: Path) -> None:
+    assert "data.train is empty" in refusal(recipe=written(tmp_path, ""))
+
+
+def test_an_override_without_a_value_is_refused_as_one() -> None:
+    assert "'train.steps' is no key=value" in refusal("train.steps")
+
+
+def test_an_override_that_is_no_yaml_is_not_blamed_on_the_recipe() -> None:
+    message = refusal("train.steps=[1")
+    assert "train.steps=[1" in message
+    assert str(DIGITS) not in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.views.audio=null", "eval.label=null", "train.threads=3", "tokenizer.train=null", "tokenizer.name=a/b"],
+        ["out='1e3'", "eval.classes=['yes', 'null', '1', '', 'a: b', '007', '#x', 'ä']", "train.learning_rate=1e-5"],
+        ["eval.templates=['{}', '\"{}\"', '{}: a']", "train.weight_decay=1e-12", "seed=4294967295"],
+    ],
+)
+def test_to_yaml_is_a_recipe_of_the_same_run(tmp_path: Path, overrides: list[str]) -> None:
+    config = load_config(DIGITS, overrides)
+    again = load_config(written(tmp_path, to_yaml(config)))
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+
+
+@pytest.mark.parametrize("cls", dict.fromkeys(nested(Config)), ids=lambda cls: str(cls.__name__))
+def test_every_setting_has_a_docstring(cls: Any) -> None:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    documented = {
+        statement.target.id
+        for statement, following in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
+    }
+    assert documented == {field.name for field in dataclasses.fields(cls)}
+
+
+def test_the_walk_over_settings_finds_them_all() -> None:
+    names = {cls.__name__ for cls in nested(Config)}
+    assert {"Config", "TrainConfig", "Views", "ImageView", "AudioView", "MaskedRegionConfig", "EvalConfig"} <= names
+
+
+def test_the_digits_recipe_asks_for_what_the_digits_are() -> None:
+    config = load_config(DIGITS)
+    assert config.data.embedded == "digits"
+    assert tuple(config.eval.classes) == CLASS_NAMES
+    assert tuple(config.eval.templates) == TEMPLATES

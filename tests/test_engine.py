@@ -1,0 +1,435 @@
+import json
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pretrain.engine
+from objectives.pretraining import Loss, Pretraining
+from pretrain.checkpoint import CheckpointError, find_last
+from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
+from pretrain.engine import (
+    TrainingError,
+    check_finite,
+    drop_later_metrics,
+    learning_rate,
+    make_optimizer,
+    start_accelerator,
+    step_seed,
+)
+from pretrain.progress import Progress, duration
+from tests.tiny import BATCH_SIZE, COUNTS, STEPS, tiny_config, tiny_encoder, tiny_tokenizer, tiny_trained_state
+
+
+class PowerCutError(Exception):
+    """Ends a run where no code expects it."""
+
+
+class Run(NamedTuple):
+    config: Config
+    checkpoint: Path
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def cut_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let training end in the middle of a step."""
+    update = Progress.update
+
+    def maybe(self: Progress, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
+        if self.step + 1 == step:
+            raise PowerCutError
+        return update(self, values)
+
+    patch.setattr(Progress, "update", maybe)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run without an interruption. Only read by tests."""
+    config = tiny_config(tmp_path_factory.mktemp("whole"))
+    return Run(config, pretrain.engine.pretrain(config))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run, cut in step 8, three steps and a line of metrics after its checkpoint, then started again."""
+    config = tiny_config(tmp_path_factory.mktemp("resumed"))
+    with pytest.MonkeyPatch.context() as patch:
+        cut_at(patch, 8)
+        with pytest.raises(PowerCutError):
+            pretrain.engine.pretrain(config)
+    assert find_last(Path(config.out) / "checkpoints") == Path(config.out) / "checkpoints" / "step-00000004"
+    metrics = Path(config.out) / "metrics.jsonl"
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [2, 4, 6]
+    with metrics.open("a") as file:
+        file.write('{"step": 8, "lo')
+    config.data.workers = 1
+    return Run(config, pretrain.engine.pretrain(config))
+
+
+def test_warm_up_rises_to_the_peak_and_the_cosine_falls_to_0() -> None:
+    config = TrainConfig(steps=100, warmup=0.1, learning_rate=2.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert max(rates) == rates[9] == rates[10] == 2.0
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(1.0)
+    assert 0 < rates[99] < 0.002
+    assert learning_rate(config, 100) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (10, 0.0), (10, 1.0), (10, 0.01), (3, 0.5)])
+def test_the_schedule_has_no_hole_at_its_ends(steps: int, warmup: float) -> None:
+    config = TrainConfig(steps=steps, warmup=warmup, learning_rate=2.0)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    assert max(rates) == 2.0
+
+
+def test_only_the_matrices_of_linear_layers_decay(whole: Run) -> None:
+    model = Pretraining(tiny_encoder(tiny_tokenizer()), whole.config.objectives)
+    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.3, learning_rate=0.1, beta2=0.9))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.9, 0.9) for group in optimizer.param_groups)
+    assert decayed | free == set(names.values())
+    assert not decayed & free
+    trunk = [f"encoder.blocks.{i}.{part}" for i in (0, 1) for part in ("attention.qkv", "attention.out", "fc1", "fc2")]
+    decoder = [f"blocks.0.{part}" for part in ("attention.qkv", "attention.out", "fc1", "fc2")]
+    regions = [
+        f"objectives.masked_region.decoders.{name}.{part}"
+        for name in ("image", "audio")
+        for part in ("embed", *decoder, "predict")
+    ]
+    others = [
+        "encoder.tokenizers.image.embed",
+        "encoder.tokenizers.audio.embed",
+        "encoder.heads.image.projection",
+        "encoder.heads.text.dense",
+        "encoder.heads.text.projection",
+        "encoder.heads.audio.projection",
+        "objectives.masked_language.dense",
+    ]
+    assert decayed == {f"{name}.weight" for name in (*trunk, *regions, *others)}
+    for word in ("norm", "bias", "positions", "prefix", "log_scale", "mask", "text.embed"):
+        assert any(word in name.removeprefix("objectives.masked_") for name in free), word
+
+
+def test_what_needs_no_gradient_is_not_optimised() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    optimizer = make_optimizer(model, TrainConfig())
+    assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(1, 3), (1,)]
+
+
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: Run, resumed: Run) -> None:
+    assert whole.checkpoint.name == resumed.checkpoint.name == f"step-{STEPS:08d}"
+    a, b = tiny_trained_state(whole.checkpoint), tiny_trained_state(resumed.checkpoint)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    for name in ("objectives.safetensors", "optimizer.safetensors"):
+        assert (whole.checkpoint / name).read_bytes() == (resumed.checkpoint / name).read_bytes(), name
+
+
+def test_training_changes_every_part_of_the_model(whole: Run, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+        config = tiny_config(tmp_path, "train.steps=1")
+        before = tiny_trained_state(pretrain.engine.pretrain(config))
+    after = tiny_trained_state(whole.checkpoint)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_another_seed_gives_another_run(whole: Run, tmp_path: Path) -> None:
+    other = tiny_trained_state(pretrain.engine.pretrain(tiny_config(tmp_path, "seed=1", "train.steps=2")))
+    assert not torch.equal(
+        other["blocks.0.fc1.weight"],
+        tiny_trained_state(whole.checkpoint.parent / "step-00000008")["blocks.0.fc1.weight"],
+    )
+
+
+def test_every_line_of_metrics_is_there_once_and_the_same(whole: Run, resumed: Run) -> None:
+    timing = {"samples_per_second", "data_wait"}
+    a, b = ([{k: v for k, v in line.items() if k not in timing} for line in run.metrics()] for run in (whole, resumed))
+    assert [line["step"] for line in a] == [2, 4, 6, 8, 10, 12]
+    assert a == b
+    losses = {"image_text", "image_audio", "text_audio", "masked_language", "masked_image", "masked_audio"}
+    for line in whole.metrics():
+        assert line.keys() == {"step", "loss", "gradient_norm", "learning_rate"} | losses | timing
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["data_wait"] <= 1
+        pairs = sum(line[name] for name in losses if "masked" not in name)
+        total = pairs + 0.5 * line["masked_language"] + line["masked_image"] + line["masked_audio"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_learning_rate_in_the_metrics_is_the_schedule(whole: Run) -> None:
+    rates = [learning_rate(whole.config.train, step) for step in range(STEPS)]
+    means = [(rates[i] + rates[i + 1]) / 2 for i in range(0, STEPS, 2)]
+    assert [line["learning_rate"] for line in whole.metrics()] == pytest.approx(means)
+
+
+def test_a_step_sees_its_place_in_the_order_its_seed_and_at_the_end_whole_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str], int, bool]] = []
+    forward = Pretraining.forward
+
+    def watch(self: Pretraining, batch: Any, seed: int, whole: bool = False) -> Loss:
+        seen.append((batch.keys, seed, whole))
+        return forward(self, batch, seed, whole)
+
+    monkeypatch.setattr(Pretraining, "forward", watch)
+    pretrain.engine.pretrain(tiny_config(tmp_path))
+    keys = [key for batch, _, _ in seen for key in batch]
+    assert all(len(batch) == BATCH_SIZE for batch, _, _ in seen)
+    # Two epochs, each with every sample once, in another order.
+    epochs = [keys[: COUNTS["train"]], keys[COUNTS["train"] :]]
+    assert [len(set(epoch)) for epoch in epochs] == [COUNTS["train"]] * 2
+    assert epochs[0] != epochs[1]
+    assert [seed for _, seed, _ in seen] == [step_seed(0, step) for step in range(STEPS)]
+    assert [whole for _, _, whole in seen] == [False] * 9 + [True] * 3
+
+
+def test_a_finished_run_started_again_trains_no_step(whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pretraining, "forward", lambda *_, **__: pytest.fail("trained again"))
+    lines = whole.metrics()
+    assert pretrain.engine.pretrain(whole.config) == whole.checkpoint
+    assert whole.metrics() == lines
+
+
+def test_config_yaml_is_the_run(whole: Run) -> None:
+    assert load_config(whole.out / "config.yaml") == whole.config
+
+
+def test_env_json_says_when_where_and_with_what(whole: Run) -> None:
+    environment = json.loads((whole.out / "env.json").read_text())
+    assert environment.keys() == {"time", "command", "python", "platform", "cpus", "gpu", "packages"}
+    assert datetime.fromisoformat(environment["time"]).tzinfo is not None
+    assert isinstance(environment["command"], list)
+    assert environment["cpus"] >= 1
+    assert environment["packages"]["torch"] == version("torch")
+    assert {"transformers", "accelerate", "webdataset", "numpy", "safetensors"} <= environment["packages"].keys()
+
+
+def test_resume_none_refuses_a_folder_with_a_checkpoint(whole: Run) -> None:
+    config = load_config(whole.out / "config.yaml", ["resume=none"])
+    before = (whole.out / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="resume=none") as error:
+        pretrain.engine.pretrain(config)
+    assert str(whole.out / "checkpoints") in str(error.value)
+    assert (whole.out / "config.yaml").read_text() == before
+
+
+def test_resume_none_is_content_with_a_new_folder(tmp_path: Path) -> None:
+    assert pretrain.engine.pretrain(tiny_config(tmp_path, "resume=none", "train.steps=1")).name == "step-00000001"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=1", "seed: 0 then, 1 now"),
+        ("train.batch_size=4", "batch_size: 8 then, 4 now"),
+        ("data.train=[train-00000.tar]", "fingerprint: "),
+        ("model.depth=1", "does not fit"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(whole: Run, override: str, words: str) -> None:
+    files = {name: (whole.out / name).read_bytes() for name in ("config.yaml", "env.json", "metrics.jsonl")}
+    config = load_config(whole.out / "config.yaml", [override])
+    try:
+        with pytest.raises(CheckpointError, match=words):
+            pretrain.engine.pretrain(config)
+        assert [name for name in files if (whole.out / name).read_bytes() != files[name]] == []
+    finally:
+        for name, content in files.items():
+            (whole.out / name).write_bytes(content)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Four:
+        num_processes = 4
+
+        def __init__(self, **_: object) -> None:
+            self.device = torch.device("cpu")
+
+    monkeypatch.setattr(pretrain.engine, "Accelerator", Four)
+    with pytest.raises(ConfigError, match="4 processes"):
+        start_accelerator(TrainConfig(precision="fp32"))
+
+
+def test_the_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(pretrain.engine, "available_cpus", lambda: 7)
+    start_accelerator(TrainConfig(precision="fp32", threads=3))
+    start_accelerator(TrainConfig(precision="fp32"))
+    assert chosen == [3, 7]
+
+
+@pytest.mark.parametrize(("fast", "mixed"), [(True, "bf16"), (False, "no")])
+def test_auto_takes_bf16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, fast: bool, mixed: str) -> None:
+    asked: list[str] = []
+
+    class Recorded:
+        num_processes = 1
+
+        def __init__(self, mixed_precision: str) -> None:
+            asked.append(mixed_precision)
+            self.device = torch.device("cpu")
+
+    monkeypatch.setattr(pretrain.engine, "Accelerator", Recorded)
+    monkeypatch.setattr(pretrain.engine, "fast_in_bf16", lambda: fast)
+    for precision in ("auto", "fp32", "bf16"):
+        start_accelerator(TrainConfig(precision=precision, threads=1))
+    assert asked == [mixed, "no", "bf16"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Pretraining.forward
+    calls: list[int] = []
+
+    def spoilt(self: Pretraining, batch: Any, seed: int, whole: bool = False) -> Loss:
+        calls.append(seed)
+        loss = forward(self, batch, seed, whole)
+        if len(calls) < 3:
+            return loss
+        terms = {**loss.terms, "image_text": loss.terms["image_text"] * math.nan}
+        return Loss(loss.total * math.nan, terms)
+
+    monkeypatch.setattr(Pretraining, "forward", spoilt)
+    config = tiny_config(tmp_path)
+    with pytest.raises(TrainingError) as error:
+        pretrain.engine.pretrain(config)
+    # The third step went wrong, the next line of metrics is due at the fourth: nothing is saved there.
+    assert "step 4:" in str(error.value)
+    for words in ("image_text nan", "masked_language ", "gradient norm nan", "train.learning_rate"):
+        assert words in str(error.value)
+    assert find_last(Path(config.out) / "checkpoints") is None
+
+
+@pytest.mark.parametrize(
+    ("total", "norm", "bad"), [(1.0, 1.0, False), (math.inf, 1.0, True), (1.0, math.nan, True), (math.nan, 1.0, True)]
+)
+def test_check_finite_names_the_step_and_every_term(total: float, norm: float, bad: bool) -> None:
+    loss = Loss(torch.tensor(total), {"masked_image": torch.tensor(0.5), "text_audio": torch.tensor(math.inf)})
+    if not bad:
+        check_finite(loss, torch.tensor(norm), 17)
+        return
+    with pytest.raises(TrainingError, match=r"step 17: .*masked_image 0\.5, text_audio inf, gradient norm"):
+        check_finite(loss, torch.tensor(norm), 17)
+
+
+def test_step_seeds_are_distinct_and_fit_a_generator() -> None:
+    seeds = [step_seed(seed, step) for seed in (0, 1, 11, 2**32 - 1) for step in (*range(200), 10**9)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+    assert step_seed(0, 0) == step_seed(0, 0)
+
+
+def test_later_and_half_written_lines_of_metrics_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    drop_later_metrics(path, 3)
+    assert not path.exists()
+    lines = [json.dumps({"step": step, "loss": step / 2}) + "\n" for step in (2, 4, 6, 8)]
+    path.write_text("".join(lines) + '{"step": 10, "lo')
+    drop_later_metrics(path, 6)
+    assert path.read_text() == "".join(lines[:3])
+    drop_later_metrics(path, 5)
+    assert path.read_text() == "".join(lines[:2])
+    path.write_text("".join(lines) + '{"step": 2, "loss": 1}')
+    drop_later_metrics(path, 100)
+    assert path.read_text() == "".join(lines)
+    drop_later_metrics(path, 0)
+    assert path.read_text() == ""
+
+
+def test_progress_averages_since_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(path, steps=5, start=0, batch_size=4, every=2)
+    values: list[dict[str, Tensor | float]] = [
+        {"loss": torch.tensor(1.0, requires_grad=True), "rate": 0.5},
+        {"loss": torch.tensor(3.0), "rate": 1.0, "sometimes": 7.0},
+        {"loss": 10.0},
+        {"loss": 20.0},
+        {"loss": 5.0},
+    ]
+    means = [progress.update(step) for step in values]
+    assert means == [
+        None,
+        {"loss": 2.0, "rate": 0.75, "sometimes": 7.0},
+        None,
+        {"loss": 15.0},
+        {"loss": 5.0},  # the last step has its line, though none is due
+    ]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert lines[0]["loss"] == 2.0
+    assert all(line["samples_per_second"] > 0 and line["data_wait"] == 0 for line in lines)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert "ETA 0:00" in shown[-1]
+
+
+def test_rates_waits_and_the_time_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pretrain.progress.time.perf_counter", lambda: now[0])
+
+    def slow() -> Any:
+        for batch in range(4):
+            now[0] += 1.0
+            yield batch
+
+    # Resumed at step 6 of 10: what came before took none of this run's time.
+    progress = Progress(tmp_path / "metrics.jsonl", steps=10, start=6, batch_size=8, every=2)
+    seen = []
+    for batch in progress.timed(slow()):
+        seen.append(batch)
+        now[0] += 3.0
+        progress.update({"loss": 1.0})
+    assert seen == [0, 1, 2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 10]
+    assert [line["samples_per_second"] for line in lines] == [2.0, 2.0]
+    assert [line["data_wait"] for line in lines] == [0.25, 0.25]
+    assert "ETA 0:08" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (42.4, "0:42"),
+        (59.6, "1:00"),
+        (187, "3:07"),
+        (3599.7, "1:00:00"),
+        (7384, "2:03:04"),
+        (9e4, "25:00:00"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_configuration_is_not_changed_by_training(whole: Run) -> None:
+    assert to_yaml(whole.config) == to_yaml(tiny_config(whole.out.parent))

@@ -1,0 +1,630 @@
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batch import Batch, Field
+from objectives.contrastive import Contrastive, ContrastiveConfig, info_nce
+from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
+from objectives.masked_region import MaskedRegion, MaskedRegionConfig, normalise_patches
+from objectives.masking import PatchSplit, mask_tokens, split_patches
+from objectives.passes import JointPass, Passes
+from objectives.pretraining import KeepConfig, Loss, ObjectivesConfig, Pretraining, group_by_presence
+from tests.samples import VOCABULARY, batch, encoder, images, texts
+
+REGION = MaskedRegionConfig(decoder_width=16, decoder_heads=2)
+CONFIG = ObjectivesConfig(masked_region=REGION, joint_keep=KeepConfig(0.5, 0.5))
+TERMS = {"image_text", "image_audio", "text_audio", "masked_language", "masked_image", "masked_audio"}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pretraining(config: ObjectivesConfig = CONFIG, seed: int = 0) -> Pretraining:
+    model = encoder(seed=seed)
+    torch.manual_seed(seed)
+    made = Pretraining(model, config)
+    with torch.no_grad():
+        for parameter in made.objectives.parameters():
+            if parameter.ndim > 0:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return made
+
+
+def config(**weights: float) -> ObjectivesConfig:
+    """Only the objectives that are named, with their weights."""
+    return dataclasses.replace(
+        CONFIG,
+        contrastive=ContrastiveConfig(weight=weights.get("contrastive", 0)),
+        masked_language=MaskedLanguageConfig(weight=weights.get("masked_language", 0)),
+        masked_region=dataclasses.replace(REGION, weight=weights.get("masked_region", 0)),
+    )
+
+
+def passes_of(model: Pretraining, inputs: Batch, seed: int = 0, whole: bool = False) -> tuple[Passes, Loss]:
+    """What the objectives read in a step, and the step's outcome."""
+    seen: list[Passes] = []
+    objective = next(iter(model.objectives.values()))
+    handle = objective.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    loss = model(inputs, seed=seed, whole=whole)
+    handle.remove()
+    return seen[0], loss
+
+
+# Contrastive
+
+
+def naive_info_nce(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
+    x, y, scale = x.double(), y.double(), log_scale.double().exp()
+    total = torch.zeros((), dtype=torch.float64)
+    for a, b in ((x, y), (y, x)):
+        for i in range(len(a)):
+            scores = []
+            for j in range(len(b)):
+                cosine = (a[i] * b[j]).sum() / (a[i].square().sum().sqrt() * b[j].square().sum().sqrt())
+                scores.append(scale * cosine)
+            total = total - torch.log(scores[i].exp() / sum(score.exp() for score in scores))
+    return total / (2 * len(x))
+
+
+@pytest.mark.parametrize("log_scale", [0.0, math.log(1 / 0.07), 4.5])
+def test_info_nce_and_its_gradients_equal_the_definition(log_scale: float) -> None:
+    given = [randn(6, 5, seed=1), 3 * randn(6, 5, seed=2), torch.tensor(log_scale)]
+    fast = [tensor.clone().requires_grad_() for tensor in given]
+    slow = [tensor.double().requires_grad_() for tensor in given]
+    got, expected = info_nce(*fast), naive_info_nce(*slow)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.autograd.backward(got)
+    torch.autograd.backward(expected)
+    for a, b in zip(fast, slow, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scale_is_clamped_at_100_and_has_no_gradient_beyond() -> None:
+    x, y = randn(6, 5, seed=1), randn(6, 5, seed=2)
+    beyond = torch.tensor(math.log(200), requires_grad=True)
+    loss = info_nce(x, y, beyond)
+    torch.testing.assert_close(loss.detach(), info_nce(x, y, torch.tensor(math.log(100))))
+    assert torch.autograd.grad(loss, beyond)[0] == 0
+    within = torch.tensor(math.log(99), requires_grad=True)
+    assert torch.autograd.grad(info_nce(x, y, within), within)[0] != 0
+
+
+def test_info_nce_is_exact_under_autocast() -> None:
+    x, y, scale = randn(32, 16, seed=1), randn(32, 16, seed=2), torch.tensor(4.6)
+    y = x + 0.1 * y
+    with torch.autocast("cpu", torch.bfloat16):
+        got = info_nce(x, y, scale)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, info_nce(x, y, scale), rtol=1e-6, atol=1e-9)
+
+
+def test_pairs_are_aligned_by_row_where_modalities_are_missing() -> None:
+    rows = {"image": [0, 2, 3, 5, 6], "text": [1, 2, 5, 6], "audio": [0, 1, 4]}
+    fields = {
+        name: Field(randn(len(each), 16, seed=i), torch.tensor(each)) for i, (name, each) in enumerate(rows.items())
+    }
+    contrastive = Contrastive(ContrastiveConfig(), encoder())
+    with torch.no_grad():
+        contrastive.log_scale["image_text"].fill_(1.0)
+    terms = contrastive(Passes(encoder(), fields, []))
+    # Image and audio share row 0 alone, text and audio row 1 alone: nothing to contrast with.
+    assert list(terms) == ["image_text"]
+    image, text = (dict(zip(rows[name], fields[name].x, strict=True)) for name in ("image", "text"))
+    common = [2, 5, 6]
+    expected = naive_info_nce(
+        torch.stack([image[row] for row in common]), torch.stack([text[row] for row in common]), torch.tensor(1.0)
+    )
+    torch.testing.assert_close(terms["image_text"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_pair_has_a_scale_of_its_own_from_the_temperature() -> None:
+    contrastive = Contrastive(ContrastiveConfig(temperature=0.2), encoder())
+    scales = {name: scale.item() for name, scale in contrastive.named_parameters()}
+    assert scales == pytest.approx(
+        {f"log_scale.{pair}": math.log(5) for pair in ("image_text", "image_audio", "text_audio")}
+    )
+
+
+# Masking
+
+
+def draws(rate: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, corrupted ids and choice of 500 texts of 250 ids, special tokens and padding among them."""
+    ids, _ = texts([2 + i % 249 for i in range(500)], seed)
+    ids[:, 3:6] = torch.where(ids[:, 3:6] != 1, torch.tensor([3, 4, 2]), 1)
+    masked = mask_tokens(ids, ordinary(), VOCABULARY.mask_id, rate, torch.Generator().manual_seed(seed))
+    return ids, masked.ids, masked.chosen
+
+
+def ordinary() -> Tensor:
+    return torch.tensor([i not in VOCABULARY.special_ids for i in range(VOCABULARY.size)])
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.5, 1.0])
+def test_masks_have_berts_shares(rate: float) -> None:
+    ids, corrupted, chosen = draws(rate)
+    maskable = ordinary()[ids]
+    assert maskable.sum() > 50_000
+    share = chosen.sum() / maskable.sum()
+    assert share == pytest.approx(rate, abs=0.01)
+    became_mask = (corrupted == VOCABULARY.mask_id)[chosen].float().mean().item()
+    unchanged = (corrupted == ids)[chosen].float().mean().item()
+    random_equal = 0.1 / 35  # a random replacement may be the token itself
+    assert became_mask == pytest.approx(0.8, abs=0.015)
+    assert unchanged == pytest.approx(0.1 + random_equal, abs=0.012)
+    assert torch.equal(corrupted[~chosen], ids[~chosen])
+
+
+def test_special_tokens_and_padding_are_never_chosen_nor_drawn() -> None:
+    ids, corrupted, chosen = draws(1.0)
+    special = ~ordinary()[ids]
+    assert special.sum() > 10_000
+    assert not chosen[special].any()
+    assert chosen[~special].all()
+    replaced = corrupted[chosen & (corrupted != VOCABULARY.mask_id) & (corrupted != ids)]
+    counts = torch.bincount(replaced, minlength=VOCABULARY.size)
+    assert not counts[~ordinary()].any()
+    expected = counts.sum() / 35
+    assert (counts[ordinary()] - expected).abs().max() < 6 * expected.sqrt()  # every ordinary token, equally often
+
+
+def test_masks_depend_on_the_generator_alone() -> None:
+    assert torch.equal(draws(0.3)[1], draws(0.3)[1])
+    ids = draws(0.3)[0]
+    one, other = (mask_tokens(ids, ordinary(), 4, 0.3, torch.Generator().manual_seed(seed)).chosen for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("patches", "keep", "kept"), [(16, 0.5, 8), (16, 0.25, 4), (10, 0.26, 3), (9, 0.01, 1), (7, 1.0, 7), (1, 0.2, 1)]
+)
+def test_a_split_is_disjoint_and_complete(patches: int, keep: float, kept: int) -> None:
+    visible, hidden = split_patches(50, patches, keep, torch.Generator().manual_seed(0))
+    assert visible.shape == (50, kept)
+    assert hidden.shape == (50, patches - kept)
+    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(patches).expand(50, -1))
+
+
+def test_splits_are_uniform_and_independent() -> None:
+    visible, _ = split_patches(20_000, 8, 0.25, torch.Generator().manual_seed(0))
+    pairs = torch.zeros(8, 8)
+    pairs.index_put_((visible[:, 0], visible[:, 1]), torch.ones(20_000), accumulate=True)
+    expected = 20_000 / 56
+    assert not pairs.diagonal().any()
+    assert (pairs[~torch.eye(8, dtype=torch.bool)] - expected).abs().max() < 5 * expected**0.5
+
+
+# Masked language
+
+
+def language_passes(chosen: Tensor, seed: int = 0) -> Passes:
+    """Two joint passes with random states, of 3 and of 2 texts."""
+    model, joint = encoder(), []
+    for n, part in ((3, chosen[:3]), (2, chosen[3:])):
+        ids, valid = texts([6] * n, seed + n)
+        states = randn(n, 6, 32, seed=seed + n).requires_grad_()
+        joint.append(JointPass({"text": Field(ids, torch.arange(n), valid)}, {"text": states}, {}, part))
+    joint.append(JointPass({"image": Field(images(1), torch.arange(1))}, {"image": randn(1, 17, 32)}, {}, None))
+    return Passes(model, {}, joint)
+
+
+def language_head(model: Any) -> MaskedLanguage:
+    head = MaskedLanguage(MaskedLanguageConfig(), model)
+    with torch.no_grad():
+        head.bias.copy_(randn(VOCABULARY.size, seed=9))
+        head.norm.weight.copy_(randn(32, seed=8))
+    return head
+
+
+def test_the_language_loss_is_the_cross_entropy_of_the_chosen_alone() -> None:
+    chosen = torch.rand(5, 6, generator=torch.Generator().manual_seed(1)) < 0.4
+    passes = language_passes(chosen)
+    head = language_head(passes.encoder)
+    embedding = passes.encoder.get_parameter("tokenizers.text.embed.weight").double()
+    losses = []
+    for joint, part in zip(passes.joint, (chosen[:3], chosen[3:]), strict=False):
+        for i, position in part.nonzero().tolist():
+            state = head.norm(F.gelu(head.dense(joint.states["text"][i, position]))).double()
+            logits = torch.stack([(state * row).sum() for row in embedding]) + head.bias.double()
+            target = int(joint.inputs["text"].x[i, position])
+            losses.append(torch.log(logits.exp().sum()) - logits[target])
+    assert len(losses) == int(chosen.sum()) > 5
+    (loss,) = head(passes).values()
+    torch.testing.assert_close(loss.double(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+    torch.autograd.backward(loss)
+    for joint, part in zip(passes.joint, (chosen[:3], chosen[3:]), strict=False):
+        gradient = joint.states["text"].grad
+        assert gradient is not None
+        assert torch.equal(gradient.abs().amax(dim=-1) > 0, part)
+
+
+def test_nothing_chosen_is_a_loss_of_0_with_gradients_of_0() -> None:
+    passes = language_passes(torch.zeros(5, 6, dtype=torch.bool))
+    head = language_head(passes.encoder)
+    loss = head(passes)["masked_language"]
+    assert loss == 0
+    torch.autograd.backward(loss)
+    assert all(p.grad is None or not p.grad.any() for p in (*head.parameters(), *passes.encoder.parameters()))
+
+
+def test_without_text_there_is_no_language_term() -> None:
+    passes = language_passes(torch.zeros(5, 6, dtype=torch.bool))
+    assert language_head(passes.encoder)(passes._replace(joint=passes.joint[2:])) == {}
+
+
+def test_the_embedding_learns_as_input_and_as_output() -> None:
+    model = pretraining(config(masked_language=1))
+    inputs = batch(["t", "it", "ta", "ita"])
+    passes, loss = passes_of(model, inputs)
+    weight = model.encoder.get_parameter("tokenizers.text.embed.weight")
+    (both,) = torch.autograd.grad(loss.total, weight, retain_graph=True)
+    detached = [joint._replace(states={n: s.detach() for n, s in joint.states.items()}) for joint in passes.joint]
+    (output,) = torch.autograd.grad(
+        model.objectives["masked_language"](passes._replace(joint=detached))["masked_language"], weight
+    )
+    as_input = (both - output).abs().amax(dim=1) > 1e-7
+    assert (output.abs().amax(dim=1) > 0).all()  # every token of the vocabulary is a candidate
+    assert as_input[VOCABULARY.mask_id]
+    assert as_input[0]
+    assert not as_input[3]  # <unk> is in no text
+    assert 3 < as_input.sum() < VOCABULARY.size
+
+
+# Masked region
+
+
+def naive_target(modality: str, x: Tensor, patch: int) -> Tensor:
+    """Patch number ``patch`` of one input, normalised; cut out without the encoder's help."""
+    if modality == "image":
+        row, column = divmod(patch, 4)
+        values = x[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
+    else:
+        row, column = divmod(patch, 4)
+        values = x[8 * column : 8 * column + 8, 8 * row : 8 * row + 8].T.flatten()
+    values = values.double()
+    mean = values.sum() / len(values)
+    variance = (values - mean).square().sum() / (len(values) - 1)
+    return (values - mean) / (variance + 1e-6).sqrt()
+
+
+def test_the_region_losses_are_the_mean_error_of_hidden_patches() -> None:
+    model = pretraining(config(masked_region=1))
+    passes, loss = passes_of(model, batch(["i", "ita", "a", "it", "ita", "i"]))
+    assert set(loss.terms) == {"masked_image", "masked_audio"}
+    region: Any = model.objectives["masked_region"]
+    for modality in ("image", "audio"):
+        errors = []
+        for joint in passes.joint:
+            if modality not in joint.splits:
+                continue
+            split = joint.splits[modality]
+            predicted = region.decoders[modality](joint.states[modality], split)
+            for i in range(len(split.hidden)):
+                for j, patch in enumerate(split.hidden[i].tolist()):
+                    target = naive_target(modality, joint.inputs[modality].x[i], patch)
+                    errors.append((predicted[i, j].double() - target).square().mean())
+        assert len(errors) == {"image": 5 * 8, "audio": 3 * 4}[modality]
+        term = loss.terms[f"masked_{modality}"].double()
+        torch.testing.assert_close(term, torch.stack(errors).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_targets_are_the_hidden_patches_alone(modality: str) -> None:
+    model = pretraining(config(masked_region=1))
+    passes, loss = passes_of(model, batch(["ita", "ita", "ita"]))
+    (joint,) = passes.joint
+    x, split = joint.inputs[modality].x, joint.splits[modality]
+    hidden = torch.zeros(model.encoder.patches(modality, x).shape[:2], dtype=torch.bool).scatter(1, split.hidden, True)
+    # Which values of x lie in hidden patches: perturb one kind of them, with the encoder's states as they were.
+    size = 4 if modality == "image" else 8
+    grid = hidden.view(3, *((4, 4) if modality == "image" else (2, 4)))
+    inside = grid.repeat_interleave(size, 1).repeat_interleave(size, 2)
+    inside = inside[:, None].expand_as(x) if modality == "image" else inside.transpose(1, 2)
+    other = randn(*x.shape, seed=5)
+    for where, changes in ((~inside, False), (inside, True)):
+        changed = {**joint.inputs, modality: joint.inputs[modality]._replace(x=torch.where(where, other, x))}
+        terms = model.objectives["masked_region"](passes._replace(joint=[joint._replace(inputs=changed)]))
+        assert (terms[f"masked_{modality}"] != loss.terms[f"masked_{modality}"]) == changes
+
+
+def test_a_decoder_knows_where_patches_lie() -> None:
+    decoder: Any = MaskedRegion(REGION, encoder()).decoders["image"]
+    states = randn(2, 9, 32)
+    split = split_patches(2, 16, 0.5, torch.Generator().manual_seed(0))
+    predicted = decoder(states, split)
+    assert predicted.shape == (2, 8, 48)
+    order = torch.tensor([3, 0, 1, 2, 7, 6, 5, 4])
+    moved = decoder(
+        torch.cat([states[:, :1], states[:, 1:][:, order]], dim=1), split._replace(visible=split.visible[:, order])
+    )
+    torch.testing.assert_close(moved, predicted, rtol=0, atol=1e-5)
+    moved = decoder(states, split._replace(hidden=split.hidden[:, order]))
+    torch.testing.assert_close(moved, predicted[:, order], rtol=0, atol=1e-5)
+    elsewhere = decoder(states, PatchSplit(split.visible[:, order], split.hidden))
+    assert (elsewhere - predicted).abs().max() > 1e-3
+    assert (predicted[:, 0] - predicted[:, 1]).abs().max() > 1e-3
+    silent = decoder(torch.cat([0 * states[:, :1], states[:, 1:]], dim=1), split)
+    assert (silent - predicted).abs().max() > 1e-3  # the prefix token is read, too
+
+
+def test_nothing_hidden_is_no_term() -> None:
+    whole = dataclasses.replace(config(masked_region=1), joint_keep=KeepConfig(1.0, 0.2))
+    assert set(pretraining(whole)(batch(["ita", "it"]), seed=0).terms) == {"masked_audio"}
+
+
+def test_patches_are_normalised_one_by_one() -> None:
+    patches = 5 * randn(2, 3, 50) + 7
+    got = normalise_patches(patches)
+    torch.testing.assert_close(got.mean(dim=-1), torch.zeros(2, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.var(dim=-1), torch.ones(2, 3), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normalise_patches(3 * patches - 1), got, rtol=0, atol=1e-4)
+
+
+def test_constant_patches_have_a_finite_loss_and_gradient() -> None:
+    constant = torch.full((1, 2, 48), 0.3, requires_grad=True)
+    got = normalise_patches(constant)
+    torch.testing.assert_close(got, torch.zeros(1, 2, 48), rtol=0, atol=1e-3)
+    inputs = batch(["ita", "ita"])
+    black = {
+        name: each._replace(x=torch.full_like(each.x, -1.0)) if name != "text" else each
+        for name, each in inputs.fields.items()
+    }
+    model = pretraining()
+    loss = model(inputs._replace(fields=black), seed=0)
+    torch.autograd.backward(loss.total)
+    assert all(term.isfinite() for term in loss.terms.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# All together
+
+
+FULL = ["ita"] * 6
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
+    weights = {"contrastive": 0.7, "masked_language": 0.3, "masked_region": 2.0}
+    loss = pretraining(config(**weights))(batch(FULL), seed=0)
+    assert set(loss.terms) == TERMS
+    pairs = ("image_text", "image_audio", "text_audio")
+    weight = {**dict.fromkeys(pairs, 0.7), "masked_language": 0.3, "masked_image": 2.0, "masked_audio": 2.0}
+    expected = sum(weight[name] * term for name, term in loss.terms.items())
+    torch.testing.assert_close(loss.total, expected)
+    assert all(term.ndim == 0 for term in (loss.total, *loss.terms.values()))
+
+
+def test_weights_do_not_change_the_terms() -> None:
+    light = pretraining(config(contrastive=0.1, masked_language=0.1, masked_region=0.1))(batch(FULL), seed=0).terms
+    heavy = pretraining(config(contrastive=1, masked_language=5, masked_region=9))(batch(FULL), seed=0).terms
+    for name in TERMS:
+        torch.testing.assert_close(light[name], heavy[name])
+
+
+@pytest.mark.parametrize("left_out", ["contrastive", "masked_language", "masked_region"])
+def test_weight_0_removes_an_objective_with_its_parameters(left_out: str) -> None:
+    names = {"contrastive", "masked_language", "masked_region"} - {left_out}
+    model = pretraining(config(**dict.fromkeys(names, 1.0)))
+    assert set(model.objectives) == names
+    assert not any(left_out in name for name, _ in model.named_parameters())
+    terms = set(model(batch(FULL), seed=0).terms)
+    gone = {
+        "contrastive": {"image_text", "image_audio", "text_audio"},
+        "masked_language": {"masked_language"},
+        "masked_region": {"masked_image", "masked_audio"},
+    }
+    assert terms == TERMS - gone[left_out]
+
+
+def lengths(model: Pretraining, inputs: Batch, whole: bool = False) -> list[tuple[int, int]]:
+    """(samples, tokens) of every pass through the trunk."""
+    seen: list[tuple[int, int]] = []
+    handle = model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    model(inputs, seed=0, whole=whole)
+    handle.remove()
+    return seen
+
+
+def test_passes_see_the_share_of_patches_asked_for() -> None:
+    model = pretraining(dataclasses.replace(CONFIG, keep=KeepConfig(0.75, 0.25), joint_keep=KeepConfig(0.5, 0.125)))
+    text = int(batch(FULL).fields["text"].x.shape[1])
+    assert lengths(model, batch(FULL)) == [(6, 1 + 12), (6, text), (6, 2 + 2), (6, 1 + 8 + text + 2 + 1)]
+    whole = [(6, 1 + 16), (6, text), (6, 2 + 8), (6, 1 + 8 + text + 2 + 1)]
+    assert lengths(model, batch(FULL), whole=True) == whole
+
+
+def test_objectives_that_are_off_cost_no_pass() -> None:
+    text = int(batch(FULL).fields["text"].x.shape[1])
+    assert lengths(pretraining(config(contrastive=1)), batch(FULL)) == [(6, 9), (6, text), (6, 4)]
+    assert lengths(pretraining(config(masked_region=1)), batch(FULL)) == [(6, 1 + 8 + text + 2 + 4)]
+
+
+def test_whole_inputs_give_the_embeddings_of_the_plain_encoder() -> None:
+    model = pretraining(config(contrastive=1))
+    inputs = batch(["ita", "t", "ia", "it"])
+    passes, _ = passes_of(model, inputs, whole=True)
+    for name, each in inputs.fields.items():
+        torch.testing.assert_close(passes.embeddings[name].x, model.encoder(name, each)[1])
+        assert torch.equal(passes.embeddings[name].rows, each.rows)
+
+
+@pytest.mark.parametrize(("share", "rows"), [(1.0, 8), (0.5, 4), (0.3, 2), (0.01, 1)])
+def test_the_joint_pass_takes_its_share_of_the_rows(share: float, rows: int) -> None:
+    model = pretraining(dataclasses.replace(CONFIG, joint_share=share))
+    inputs = batch(["ita", "it", "a", "ita", "t", "i", "ta", "ita"])
+    passes, _ = passes_of(model, inputs)
+    taken = {int(row) for joint in passes.joint for each in joint.inputs.values() for row in each.rows}
+    assert taken == set(range(rows))
+    assert {name: len(each.rows) for name, each in passes.embeddings.items()} == {"image": 5, "text": 6, "audio": 5}
+
+
+def test_the_same_seed_gives_the_same_loss_and_another_seed_another() -> None:
+    model, inputs = pretraining(), batch(FULL)
+    torch.manual_seed(1)
+    one = model(inputs, seed=3)
+    torch.manual_seed(2)
+    two, other = model(inputs, seed=3), model(inputs, seed=4)
+    assert torch.equal(one.total, two.total)
+    assert all(one.terms[name] != other.terms[name] for name in TERMS)
+
+
+def test_text_in_company_hides_more_tokens_than_text_alone() -> None:
+    language = MaskedLanguageConfig(weight=1, rate=0.1, rate_paired=0.9)
+    model = pretraining(dataclasses.replace(config(masked_language=1), masked_language=language))
+    passes, _ = passes_of(model, batch(["t", "it"] * 100))
+    shares = {}
+    for joint in passes.joint:
+        assert joint.chosen is not None
+        shares[len(joint.inputs)] = joint.chosen.sum() / model.ordinary[joint.inputs["text"].x].sum()
+    assert shares[1] == pytest.approx(0.1, abs=0.05)
+    assert shares[2] == pytest.approx(0.9, abs=0.05)
+
+
+def test_the_joint_pass_reads_corrupted_text_and_keeps_the_clean_one_as_target() -> None:
+    model = pretraining(config(contrastive=1, masked_language=1))
+    inputs = batch(["it"] * 60)
+    read: list[Field] = []
+    model.encoder.tokenizers["text"].register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    passes, _ = passes_of(model, inputs)
+    (joint,) = passes.joint
+    assert joint.chosen is not None
+    clean = inputs.fields["text"].x
+    assert torch.equal(joint.inputs["text"].x, clean)
+    unimodal, corrupted = (each.x for each in read)
+    assert torch.equal(unimodal, clean)
+    assert torch.equal(corrupted[~joint.chosen], clean[~joint.chosen])
+    assert (corrupted == VOCABULARY.mask_id)[joint.chosen].float().mean().item() == pytest.approx(0.8, abs=0.1)
+    torch.testing.assert_close(passes.embeddings["text"].x, model.encoder("text", inputs.fields["text"])[1])
+
+
+PATTERNS = ["", "i", "t", "a", "it", "ia", "ta", "ita"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_are_a_partition_by_what_rows_have(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    presence = [PATTERNS[i] for i in torch.randint(8, (12,), generator=generator).tolist()]
+    inputs, rows = batch(presence, seed), 1 + seed
+    seen = []
+    for group in group_by_presence(inputs, rows):
+        names = "".join(name[0] for name in group)
+        (members, *others) = [each.rows.tolist() for each in group.values()]
+        assert all(other == members for other in others)
+        assert members == sorted(members)
+        assert all(presence[row] == names for row in members)
+        seen += members
+        for name, each in group.items():
+            whole = inputs.fields[name]
+            positions = [whole.rows.tolist().index(row) for row in members]
+            assert torch.equal(each.x, whole.x[positions])
+            if whole.valid is not None:
+                assert each.valid is not None
+                assert torch.equal(each.valid, whole.valid[positions])
+    assert sorted(seen) == [row for row in range(rows) if presence[row]]
+    assert len({tuple(group) for group in group_by_presence(inputs, rows)}) == len(group_by_presence(inputs, rows))
+
+
+@pytest.mark.parametrize(
+    ("presence", "terms"),
+    [
+        (["it"] * 4, {"image_text", "masked_language", "masked_image"}),
+        (["a"] * 4, {"masked_audio"}),
+        (["t"] * 4, {"masked_language"}),
+        (["i", "t", "a", "ia", "ta", "ta"], TERMS - {"image_text", "image_audio"}),
+        (["ita"], {"masked_language", "masked_image", "masked_audio"}),
+    ],
+    ids=["no audio", "audio", "text", "mixed", "one sample"],
+)
+def test_batches_that_lack_modalities_train_without_their_terms(presence: list[str], terms: set[str]) -> None:
+    model = pretraining()
+    loss = model(batch(presence), seed=0)
+    assert set(loss.terms) == terms
+    torch.autograd.backward(loss.total)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    absent = [name for name in ("image", "text", "audio") if not any(name[0] in each for each in presence)]
+    for name in absent:
+        for parameter in model.encoder.tokenizers[name].parameters():
+            assert parameter.grad is None or not parameter.grad.any()
+
+
+@pytest.mark.parametrize("presence", [["i", "t"], ["", ""]], ids=["no pair", "no modality"])
+def test_a_batch_that_feeds_no_objective_is_a_step_of_zeros(presence: list[str]) -> None:
+    model = pretraining(config(contrastive=1) if "i" in presence else CONFIG)
+    loss = model(batch(presence), seed=0)
+    assert loss.terms == {}
+    assert loss.total == 0
+    torch.autograd.backward(loss.total)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_rows_that_have_nothing_change_nothing() -> None:
+    model = pretraining(config(contrastive=1, masked_language=1))
+    inputs = batch(["ita", "it", "ita"])
+    one, other = model(inputs, seed=0), model(inputs._replace(size=5, keys=[*inputs.keys, "x", "y"]), seed=0)
+    assert one.terms.keys() == other.terms.keys()
+    torch.testing.assert_close(one.total, other.total)
+
+
+def test_every_parameter_has_a_gradient() -> None:
+    model = pretraining()
+    model(batch(FULL), seed=0).total.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_samples_of_another_text_length_do_not_change_the_losses() -> None:
+    """Padding to a longer text in the batch changes neither the contrastive nor the masked-region losses."""
+    model = pretraining(config(contrastive=1, masked_region=1))
+    inputs = batch(FULL)
+    text = inputs.fields["text"]
+    assert text.valid is not None
+    longer = Field(F.pad(text.x, (0, 3), value=VOCABULARY.pad_id), text.rows, F.pad(text.valid, (0, 3)))
+    one = model(inputs, seed=0).terms
+    other = model(inputs._replace(fields={**inputs.fields, "text": longer}), seed=0).terms
+    for name, term in one.items():
+        torch.testing.assert_close(other[name], term, rtol=1e-5, atol=1e-5)
+
+
+def test_a_few_steps_on_one_batch_lower_every_term() -> None:
+    torch.manual_seed(0)
+    model = Pretraining(encoder(), CONFIG)
+    inputs = batch(["ita"] * 6 + ["it", "t", "a"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    start = {name: term.item() for name, term in model(inputs, seed=0).terms.items()}
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss: Loss = model(inputs, seed=0)
+        torch.autograd.backward(loss.total)
+        optimizer.step()
+    end = {name: term.item() for name, term in model(inputs, seed=0).terms.items()}
+    assert set(end) == TERMS
+    ratios = {name: end[name] / start[name] for name in TERMS}
+    assert all(ratio < 0.8 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ObjectivesConfig(keep=KeepConfig(image=0.0)), r"objectives\.keep\.image=0\.0: allowed"),
+        (lambda: ObjectivesConfig(joint_keep=KeepConfig(audio=1.1)), r"objectives\.joint_keep\.audio=1\.1: allowed"),
+        (lambda: ObjectivesConfig(joint_share=0.0), r"objectives\.joint_share=0\.0: allowed"),
+        (lambda: ObjectivesConfig(final_whole=-0.1), r"objectives\.final_whole=-0\.1: allowed"),
+        (lambda: config(contrastive=-1), r"objectives\.contrastive\.weight=-1: allowed"),
+        (config, "every objective has weight 0"),
+        (lambda: ContrastiveConfig(temperature=0.005), r"objectives\.contrastive\.temperature=0\.005: allowed"),
+        (lambda: MaskedLanguageConfig(rate=0.0), r"objectives\.masked_language\.rate=0\.0: allowed"),
+        (lambda: MaskedLanguageConfig(rate_paired=1.5), r"objectives\.masked_language\.rate_paired=1\.5: allowed"),
+        (lambda: MaskedRegionConfig(decoder_depth=0), r"objectives\.masked_region\.decoder_depth=0: allowed"),
+        (lambda: MaskedRegionConfig(decoder_width=10), r"objectives\.masked_region\.decoder_heads=4: "),
+    ],
+)
+def test_settings_out_of_bounds_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
