@@ -39,8 +39,8 @@ TEMPLATES: tuple[str, ...] = (
 )
 SPLITS = ("train", "val", "test")
 
-_SCHEMA = 1  # of the data set: raise it when the samples change
-_ASSET = Path(__file__).parent / "assets" / "digits-voices.tar"
+_SCHEMA = 2  # of the data set: raise it when the samples change
+_ASSETS = tuple(Path(__file__).parent / "assets" / name for name in ("digits-voices.tar", "digits-voices-more.tar"))
 _MARKER = "digits.json"
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d+\.tar")
 _SAMPLES_PER_SHARD = 1000
@@ -215,15 +215,16 @@ def _png(grid: np.ndarray[Any, np.dtype[np.float64]]) -> bytes:
 
 
 def _load_clips() -> dict[str, Clips]:
-    """The embedded clips by split; the asset names them ``{train|val}_{digit}_{voice}.flac``."""
+    """The embedded clips by split; the assets name them ``{train|val}_{digit}_{voice}.flac``."""
     clips: dict[str, Clips] = {split: {} for split in SPLITS}
-    with _ASSET.open("rb") as file:
-        for key, members in build_index(_ASSET).samples:
-            bank, digit, voice = key.split("_")
-            split = "train" if bank == "train" else "val" if voice in _VAL_VOICES else "test"
-            offset, size = members["flac"]
-            file.seek(offset)
-            clips[split][int(digit), voice] = file.read(size)
+    for asset in _ASSETS:
+        with asset.open("rb") as file:
+            for key, members in build_index(asset).samples:
+                bank, digit, voice = key.split("_")
+                split = "train" if bank == "train" else "val" if voice in _VAL_VOICES else "test"
+                offset, size = members["flac"]
+                file.seek(offset)
+                clips[split][int(digit), voice] = file.read(size)
     return clips
 
 
