@@ -8,11 +8,12 @@ INSTALLED := .venv/.installed
 .PHONY: help install demo test clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | column -t -s "$$(printf '\t')"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED) ## Make .venv and install the project with its pinned dependencies
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -30,5 +31,5 @@ test: $(INSTALLED) ## Style, types, import directions and tests, with coverage
 clean: ## Remove the environment, built shards and runs
 	rm -rf .venv shards runs
 
-# One process and no wrapping by the launcher; spelt out, it has nothing to warn about.
-LAUNCH := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# One process; spelt out, the launcher has nothing to warn about, and quiet, it adds no traceback to our messages.
+LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

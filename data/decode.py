@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import soundfile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Extension of a member -> what it holds. Anything else in a shard is left unread.
 MODALITIES: dict[str, str] = {
@@ -27,6 +27,8 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 _SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
 MAX_PIXELS = 64_000_000
 MAX_AUDIO_SECONDS = 600.0
+MAX_AUDIO_VALUES = 60_000_000  # samples times channels: ten minutes of stereo at 48 kHz
+MAX_MEMBER_BYTES = 256_000_000
 MAX_TEXT_BYTES = 1_000_000
 
 
@@ -69,6 +71,10 @@ def decode_image(data: bytes) -> Image.Image:
         return image.convert("RGB")
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:  # Pillow's message names only an object in memory
+        raise DecodeError(
+            f"image of {len(data)} bytes: no image of the formats {', '.join(_PILLOW_FORMATS)}"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError or ValueError for some broken PNGs.
         raise DecodeError(f"image of {len(data)} bytes: {error}") from error
@@ -92,7 +98,8 @@ def decode_audio(data: bytes) -> Waveform:
     """A waveform at its own rate, channels averaged to mono.
 
     Raises:
-        DecodeError: not WAV, FLAC or Ogg, damaged, empty, or longer than ``MAX_AUDIO_SECONDS``.
+        DecodeError: not WAV, FLAC or Ogg, damaged, empty, or over ``MAX_AUDIO_SECONDS`` or
+            ``MAX_AUDIO_VALUES``.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
@@ -101,6 +108,11 @@ def decode_audio(data: bytes) -> Waveform:
             seconds = sound.frames / sound.samplerate
             if seconds > MAX_AUDIO_SECONDS:
                 raise DecodeError(f"audio of {seconds:.0f} s: at most {MAX_AUDIO_SECONDS:.0f} s are allowed")
+            if sound.frames * sound.channels > MAX_AUDIO_VALUES:
+                raise DecodeError(
+                    f"audio of {sound.frames} samples in {sound.channels} channels: at most {MAX_AUDIO_VALUES} "
+                    "values are allowed"
+                )
             samples = sound.read(dtype="float32", always_2d=True)
             if len(samples) != sound.frames or len(samples) == 0:
                 raise DecodeError(f"audio holds {len(samples)} of {sound.frames} announced samples")

@@ -189,7 +189,8 @@ def load_index(path: Path) -> ShardIndex:
 
     Raises:
         ShardError: the shard is missing, cannot be indexed (see `build_index`) or has another size than when it
-            was indexed; or its index file is malformed or of another schema.
+            was indexed, or is newer than its index and has other content; or its index file is malformed or of
+            another schema.
     """
     beside = index_path(path)
     try:
@@ -212,6 +213,9 @@ def load_index(path: Path) -> ShardIndex:
             f"{path}: changed since it was indexed: {index.size} bytes then, {size} now; "
             f"if that is meant, delete {beside} to re-index"
         )
+    # Tars are padded to whole records, so a shard that was written anew often has its old size.
+    if path.stat().st_mtime_ns > beside.stat().st_mtime_ns:
+        verify(index)
     return index
 
 

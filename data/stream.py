@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch, Field
-from data.decode import DECODERS, METADATA, MODALITIES, DecodeError, decode_metadata
+from data.decode import DECODERS, MAX_MEMBER_BYTES, METADATA, MODALITIES, DecodeError, decode_metadata
 from data.errors import UserError
 from data.index import ShardIndex
 from data.order import Order
@@ -118,6 +118,16 @@ class Source:
             labels.append(metadata[name])
         return labels
 
+    def count(self, modality: str) -> int:
+        """How many samples have a member of the modality."""
+        extensions = {extension for extension, name in MODALITIES.items() if name == modality}
+        return sum(not extensions.isdisjoint(sample.members) for shard in self.shards for sample in shard.samples)
+
+    def unread(self) -> set[str]:
+        """Extensions of members that nothing reads."""
+        found = {extension for shard in self.shards for sample in shard.samples for extension in sample.members}
+        return found - set(MODALITIES) - {METADATA}
+
     def captions(self, limit: int) -> Iterator[str]:
         """The text of the first ``limit`` samples that have one."""
         for shard, sample in self.places():
@@ -142,8 +152,10 @@ class Source:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(index.path, os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
         try:
+            if size > MAX_MEMBER_BYTES:
+                raise DecodeError(f"{size} bytes: at most {MAX_MEMBER_BYTES} are allowed")
+            data = os.pread(self._files[shard], size, offset)
             if len(data) != size:
                 raise DecodeError(f"{len(data)} of {size} bytes could be read; was the file changed?")
             return decode(data)
@@ -192,16 +204,24 @@ class Stream(IterableDataset[Batch]):
         while rows := list(islice(samples, self.batch_size)):
             yield collate(rows, self.views, self.tokenizer)
 
-    def loader(self, workers: int) -> DataLoader[Batch]:
-        """The stream behind a `DataLoader`: read in this process (0 workers), or ahead in one worker process (1)."""
-        return DataLoader(
-            self,
+    def batches(self, workers: int) -> Iterator[Batch]:
+        """The stream's batches, read in this process (0 workers) or ahead in one worker process (1).
+
+        Raises:
+            StreamError: a sample that can't be used; the same error, with the same message, for either.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            _ErrorsAsValues(self),
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        for batch in loader:
+            if isinstance(batch, StreamError):
+                raise batch
+            yield batch
 
     def _training(self, order: Order) -> Iterator[Sample]:
         position = self.start
@@ -220,6 +240,20 @@ class Stream(IterableDataset[Batch]):
         members = self.source.members(shard, sample, tuple(views))
         values = {name: views[name].sample(value, random) for name, value in members.items()}
         return Sample(self.source.shards[shard].samples[sample].key, values)
+
+
+class _ErrorsAsValues(IterableDataset[Any]):
+    """Hands an error on as the last item: raised in a worker, it would come out wrapped in the worker's traceback."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Batch | StreamError]:
+        try:
+            yield from self.stream
+        except StreamError as error:
+            yield error
 
 
 def random_state(seed: int, epoch: int, key: str) -> np.random.Generator:

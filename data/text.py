@@ -46,6 +46,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name_or_path} can't be loaded: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {name_or_path} is a slow one: only fast tokenizers (tokenizer.json) are supported")
     tokenizer.padding_side = "right"  # the embedding is read at the first token, wherever the tokenizer was made
     missing = [token for token in ("pad_token", "mask_token", "cls_token") if getattr(tokenizer, f"{token}_id") is None]
     if missing:

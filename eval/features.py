@@ -32,7 +32,6 @@ class Features(NamedTuple):
     content: Tensor
 
 
-@torch.inference_mode()
 def extract(
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,10 +60,11 @@ def extract(
     all_labels = torch.tensor(labels)
     parts: dict[str, list[Features]] = {}
     first = 0
-    for batch in Stream(source, encoder.views, tokenizer, batch_size).loader(workers):
+    for batch in Stream(source, encoder.views, tokenizer, batch_size).batches(workers):
         seen = on_device(batch.to(device))
         for name, field in seen.fields.items():
-            features, embeddings = encoder(name, field)
+            with torch.inference_mode():
+                features, embeddings = encoder(name, field)
             parts.setdefault(name, []).append(
                 Features(
                     features.cpu(),
@@ -81,8 +81,8 @@ def extract(
 def raw_input(modality: str, field: Field, vocabulary_size: int) -> Tensor:
     """A fixed-length vector of the input itself, as a baseline that no encoder touched.
 
-    Image: pixels, averaged down to at most 16x16. Text: how often each token occurs. Audio: the log-mel
-    spectrogram, averaged over 12 stretches of time.
+    Image: pixels, averaged down to at most 16x16. Text: how often each token occurs, ids modulo 4,096. Audio: the
+    log-mel spectrogram, averaged over 12 stretches of time.
 
     Returns:
         (n, R) float32.
@@ -92,9 +92,10 @@ def raw_input(modality: str, field: Field, vocabulary_size: int) -> Tensor:
         return F.adaptive_avg_pool2d(field.x, side).flatten(1)
     if modality == "audio":
         return F.adaptive_avg_pool1d(field.x.transpose(1, 2), 12).flatten(1)
-    counts = torch.zeros(len(field.x), vocabulary_size, device=field.x.device)
+    buckets = min(vocabulary_size, 4096)
+    counts = torch.zeros(len(field.x), buckets, device=field.x.device)
     ones = torch.ones_like(field.x, dtype=counts.dtype) if field.valid is None else field.valid.to(counts.dtype)
-    return counts.scatter_add_(1, field.x, ones)
+    return counts.scatter_add_(1, field.x % buckets, ones)
 
 
 def content_ids(field: Field) -> Tensor:

@@ -19,6 +19,18 @@ def write_results(path: Path, results: Results, about: Mapping[str, Any]) -> Non
     partial.replace(path)
 
 
+def read_results(path: Path, about: Mapping[str, Any]) -> Results | None:
+    """The results in a file, if they are about exactly this; else None."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if found.get("schema") != SCHEMA or found.get("about") != json.loads(json.dumps(about)):
+        return None
+    results: Results = found["results"]
+    return results
+
+
 def table(results: Results) -> str:
     """The results with their 95 % intervals beside every baseline, as aligned text."""
     header = ("task", "metric", "score", "95 % interval", "random encoder", "raw input", "chance")

@@ -5,9 +5,11 @@
 """
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,7 @@ def evaluate(
         StreamError: a sample that can't be read or has no label.
         EvaluationError: labels that don't fit ``config.classes``, or that a probe refuses.
     """
-    if config.label is None:
-        raise EvaluationError("eval.label is null: there is nothing to score against")
-    labels = label_ids({name: source.labels(config.label) for name, source in splits.items()}, config.classes)
+    labels = read_labels(splits, config)
     trained, random_init = (
         {
             name: extract(model, tokenizer, source, labels[name], device, config.batch_size, workers)
@@ -99,23 +99,36 @@ def evaluate(
         for split in ("train", "val"):
             if modality not in trained[split]:
                 raise EvaluationError(f"linear/{modality}: the test split has {modality}, the {split} split has none")
-        results[f"linear/{modality}"] = _linear(modality, trained, random_init)
+        with _task(f"linear/{modality}"):
+            results[f"linear/{modality}"] = _linear(modality, trained, random_init)
     if config.classes and encoder.views.text is not None:
         targets, random_targets = (
             class_prompts(model, tokenizer, config, device) for model in (encoder, random_encoder(encoder))
         )
         for modality in (name for name in trained["test"] if name != "text"):
-            zero = _zero_shot(trained["test"][modality], targets)
-            zero["random_init"] = {"top1": _zero_shot(random_init["test"][modality], random_targets)["top1"]}
-            results[f"zeroshot/{modality}"] = zero
+            with _task(f"zeroshot/{modality}"):
+                zero = _zero_shot(trained["test"][modality], targets)
+                zero["random_init"] = {"top1": _zero_shot(random_init["test"][modality], random_targets)["top1"]}
+                results[f"zeroshot/{modality}"] = zero
     for a, b in permutations(trained["test"], 2):
-        results[f"retrieval/{a}_to_{b}"] = _retrieval(trained["test"][a], trained["test"][b])
-        results[f"retrieval/{a}_to_{b}"]["random_init"] = {
-            key: value
-            for key, value in _retrieval(random_init["test"][a], random_init["test"][b]).items()
-            if key != "chance"
-        }
+        with _task(f"retrieval/{a}_to_{b}"):
+            found = _retrieval(trained["test"][a], trained["test"][b])
+            untrained = _retrieval(random_init["test"][a], random_init["test"][b])
+            found["random_init"] = {key: value for key, value in untrained.items() if key in found["chance"]}
+            results[f"retrieval/{a}_to_{b}"] = found
     return results
+
+
+def read_labels(splits: Mapping[str, Source], config: EvalConfig) -> dict[str, list[int]]:
+    """The labels of every split as integers, in the order of the shards.
+
+    Raises:
+        StreamError: a sample without a label.
+        EvaluationError: labels that are neither numbers nor names, or outside ``config.classes``.
+    """
+    if config.label is None:
+        raise EvaluationError("eval.label is null: there is nothing to score against")
+    return label_ids({name: source.labels(config.label) for name, source in splits.items()}, config.classes)
 
 
 def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> dict[str, list[int]]:
@@ -147,7 +160,17 @@ def random_encoder(encoder: Encoder) -> Encoder:
         return Encoder(encoder.config, encoder.views, encoder.vocabulary)
 
 
-@torch.inference_mode()
+def about(encoder_folder: Path, splits: Mapping[str, Source], config: EvalConfig) -> dict[str, Any]:
+    """All that results depend on: the weights, the shards and the settings."""
+    with (encoder_folder / "model.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "encoder": {"folder": str(encoder_folder), "sha256": weights},
+        "splits": {name: {"samples": len(source), "sha256": source.fingerprint} for name, source in splits.items()},
+        "eval": asdict(config),
+    }
+
+
 def class_prompts(
     encoder: Encoder, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, device: torch.device
 ) -> Tensor:
@@ -160,7 +183,8 @@ def class_prompts(
     for name in config.classes:
         texts = view.stack([template.replace("{}", name) for template in config.templates], tokenizer)
         valid = None if texts.valid is None else texts.valid.to(device)
-        _, embeddings = encoder("text", texts._replace(x=texts.x.to(device), valid=valid))
+        with torch.inference_mode():
+            _, embeddings = encoder("text", texts._replace(x=texts.x.to(device), valid=valid))
         prompts.append(embeddings.cpu())
     return class_embeddings(prompts)
 
@@ -171,10 +195,7 @@ def _linear(
     def probe(features: dict[str, dict[str, Features]], raw: bool) -> tuple[dict[str, Any], Tensor]:
         parts = [features[split][modality] for split in ("train", "val", "test")]
         splits = [Split(part.raw if raw else part.features, part.labels) for part in parts]
-        try:
-            result = linear_probe(*splits)
-        except ValueError as error:
-            raise EvaluationError(f"linear/{modality}: {error}") from error
+        result = linear_probe(*splits)
         return {"top1": result.top1, "strength": result.strength, "val_top1": result.val_top1}, result.predicted
 
     test = trained["test"][modality]
@@ -196,15 +217,32 @@ def _zero_shot(test: Features, targets: Tensor) -> dict[str, Any]:
         "top1": correct.mean().item(),
         "interval": _interval(correct, test.content),
         "distinct_test_inputs": len(torch.unique(test.content)),
-        "chance": {"top1": chance(test.labels)},
+        "chance": {"top1": 1 / len(targets)},  # every class competes, also one that test lacks
     }
 
 
 def _retrieval(queries: Features, gallery: Features) -> dict[str, Any]:
+    # Where modalities are missing, a class may have queries and nothing to be found.
+    answerable = torch.isin(queries.labels, gallery.labels)
+    embeddings, labels = queries.embeddings[answerable], queries.labels[answerable]
     ks = tuple(k for k in RETRIEVED if k <= len(gallery.labels))
-    found = retrieval(queries.embeddings, gallery.embeddings, queries.labels, gallery.labels, ks)
-    expected = retrieval_chance(queries.labels, gallery.labels, ks)
-    return {**{f"r{k}": found[k] for k in ks}, "chance": {f"r{k}": expected[k] for k in ks}}
+    found = retrieval(embeddings, gallery.embeddings, labels, gallery.labels, ks)
+    expected = retrieval_chance(labels, gallery.labels, ks)
+    return {
+        **{f"r{k}": found[k] for k in ks},
+        "queries": len(labels),
+        "queries_without_match": int((~answerable).sum()),
+        "chance": {f"r{k}": expected[k] for k in ks},
+    }
+
+
+@contextmanager
+def _task(name: str) -> Iterator[None]:
+    """Say which task refused its data."""
+    try:
+        yield
+    except ValueError as error:
+        raise EvaluationError(f"{name}: {error}") from error
 
 
 def _interval(correct: Tensor, content: Tensor) -> list[float] | None:
@@ -235,13 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder, tokenizer = Encoder.load(folder), load_tokenizer(folder / "tokenizer")
         results = evaluate(encoder, tokenizer, splits, config, device, workers=0)
-    except (UserError, FileNotFoundError) as error:
+        if arguments.out is not None:
+            write_results(arguments.out, results, about(folder, splits, config))
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(results))
-    if arguments.out is not None:
-        about = {"checkpoint": str(arguments.checkpoint), "samples": {name: len(s) for name, s in splits.items()}}
-        write_results(arguments.out, results, about)
     return 0
 
 

@@ -24,7 +24,7 @@ class ContrastiveConfig:
     """Temperature at the start; each pair learns its own."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 1 / 100:
+        if not 1 / 100 <= self.temperature < math.inf:
             raise ValueError(f"objectives.contrastive.temperature={self.temperature}: allowed is 0.01 or more")
 
 
@@ -46,7 +46,10 @@ class Contrastive(nn.Module):
             x = a.select(torch.isin(a.rows, b.rows).nonzero()[:, 0]).x
             y = b.select(torch.isin(b.rows, a.rows).nonzero()[:, 0]).x
             if len(x) >= 2:
-                terms[f"{name_a}_{name_b}"] = info_nce(x, y, self.log_scale[f"{name_a}_{name_b}"])
+                log_scale = self.log_scale[f"{name_a}_{name_b}"]
+                with torch.no_grad():  # the parameter itself, as CLIP: it keeps its gradient and can come down again
+                    log_scale.clamp_(max=MAX_LOG_SCALE)
+                terms[f"{name_a}_{name_b}"] = info_nce(x, y, log_scale)
         return terms
 
 
@@ -56,11 +59,11 @@ def info_nce(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
     Args:
         x: (n, E), of any norm.
         y: (n, E), of any norm.
-        log_scale: scalar, the logarithm of the factor on the cosines; clamped at ln 100.
+        log_scale: scalar, the logarithm of the factor on the cosines.
     """
     # Cosines times a scale up to 100 need float32: bf16 has 3 digits.
     x, y = F.normalize(x.float(), dim=-1), F.normalize(y.float(), dim=-1)
     with torch.autocast(x.device.type, enabled=False):
-        logits = log_scale.clamp(max=MAX_LOG_SCALE).exp() * x @ y.T  # (n, n)
+        logits = log_scale.exp() * x @ y.T  # (n, n)
     targets = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

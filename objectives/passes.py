@@ -1,6 +1,6 @@
 """What objectives read: the outcome of one step's passes through the encoder."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,10 +37,3 @@ class Passes(NamedTuple):
     encoder: Encoder
     embeddings: dict[str, Field]
     joint: list[JointPass]
-
-
-class Objective(Protocol):
-    """A self-supervised loss: passes -> named scalar terms; a term that nothing in the batch feeds is absent."""
-
-    def __call__(self, passes: Passes) -> dict[str, Tensor]:
-        """Compute the terms."""

@@ -1,5 +1,6 @@
 """One step's objectives as one module with one forward: unimodal passes, joint pass, named losses."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class ObjectivesConfig:
         if not 0 <= self.final_whole <= 1:
             raise ValueError(f"objectives.final_whole={self.final_whole}: allowed is 0 to 1")
         for name in OBJECTIVES:
-            if (weight := getattr(self, name).weight) < 0:
+            if not 0 <= (weight := getattr(self, name).weight) < math.inf:
                 raise ValueError(f"objectives.{name}.weight={weight}: allowed is 0 or more")
         if all(getattr(self, name).weight == 0 for name in OBJECTIVES):
             raise ValueError("every objective has weight 0: there is nothing to learn")

@@ -4,7 +4,7 @@ checkpoints/step-00000600/
     encoder/          config.json, model.safetensors and tokenizer/: all that evaluation and export need
     objectives.safetensors
     optimizer.safetensors
-    state.json        step, data state, hyper-parameters of the optimiser
+    state.json        step, what the run is, hyper-parameters of the optimiser
 checkpoints/last      link to the newest
 """
 
@@ -47,7 +47,7 @@ def save_checkpoint(
     model: Pretraining,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
-    data_state: dict[str, Any],
+    identity: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write a checkpoint aside, rename it when whole, point ``last`` at it and drop all but the ``keep`` newest.
@@ -58,7 +58,7 @@ def save_checkpoint(
         model: unwrapped module.
         tokenizer: saved with the encoder.
         optimizer: its state is saved too.
-        data_state: JSON-able; handed back by ``load_checkpoint``.
+        identity: what a resumed run must have in common with this one, JSON-able.
         keep: how many checkpoints remain.
 
     Returns:
@@ -76,7 +76,7 @@ def save_checkpoint(
     state = optimizer.state_dict()
     tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
     save_file(tensors, partial / "optimizer.safetensors")
-    trainer = {"schema": SCHEMA, "step": step, "data": data_state, "param_groups": state["param_groups"]}
+    trainer = {"schema": SCHEMA, "step": step, "identity": identity, "param_groups": state["param_groups"]}
     (partial / "state.json").write_text(json.dumps(trainer, indent=2) + "\n")
     for path in sorted(partial.rglob("*")):
         _flush(path)
@@ -101,30 +101,30 @@ def find_last(folder: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def load_checkpoint(checkpoint: Path, model: Pretraining, optimizer: Optimizer, data_state: dict[str, Any]) -> int:
+def load_checkpoint(checkpoint: Path, model: Pretraining, optimizer: Optimizer, identity: dict[str, Any]) -> int:
     """Restore model and optimiser in place.
 
     Args:
         checkpoint: a checkpoint's folder.
         model: unwrapped module, built from the same configuration.
         optimizer: over the same parameters.
-        data_state: of this run; must equal the saved one.
+        identity: of this run; must equal the saved one.
 
     Returns:
         the number of steps done.
 
     Raises:
-        CheckpointError: another schema, data that changed (says what), or tensors that don't fit.
+        CheckpointError: another schema, another identity (says in what), or tensors that don't fit.
         FileNotFoundError: a file is missing.
     """
     saved = json.loads((checkpoint / "state.json").read_text())
     if saved.get("schema") != SCHEMA:
         raise CheckpointError(f"{checkpoint}: schema {saved.get('schema')}; this version reads {SCHEMA}")
-    changed = [key for key in {**saved["data"], **data_state} if saved["data"].get(key) != data_state.get(key)]
+    changed = [key for key in {**saved["identity"], **identity} if saved["identity"].get(key) != identity.get(key)]
     if changed:
-        lines = (f"  {key}: {saved['data'].get(key)} then, {data_state.get(key)} now" for key in changed)
+        lines = (f"  {key}: {saved['identity'].get(key)} then, {identity.get(key)} now" for key in changed)
         raise CheckpointError(
-            f"{checkpoint} can't be resumed, since the order of the samples would change:\n"
+            f"{checkpoint} can't be resumed, since this would be another run:\n"
             + "\n".join(lines)
             + "\nGive the run another `out`, or restore what it began with."
         )

@@ -1,6 +1,7 @@
 """The configuration of a run: a typed tree of dataclasses, filled from a YAML recipe and `key=value` overrides."""
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +59,13 @@ class TrainConfig:
         if self.batch_size < 2:
             raise ValueError(f"train.batch_size={self.batch_size}: allowed is 2 or more; contrast needs two samples")
         for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:  # NaN is not, either
+            if not 0 < getattr(self, name) < math.inf:  # NaN is not, either
                 raise ValueError(f"train.{name}={getattr(self, name)}: allowed is above 0")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup={self.warmup}: allowed is 0 to 1, a share of the steps")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"train.beta2={self.beta2}: allowed is 0 to below 1")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"train.weight_decay={self.weight_decay}: allowed is 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"train.precision={self.precision}: allowed are auto, fp32, bf16")
@@ -104,6 +105,17 @@ class Config:
             raise ValueError("data.train is empty: name the training shards")
         if self.eval.label is not None and not (self.data.val and self.data.test):
             raise ValueError(f"eval.label={self.eval.label} needs data.val and data.test; null skips the evaluation")
+        used = self.data.views.used
+        fed = {
+            "contrastive": len(used) >= 2,
+            "masked_language": "text" in used,
+            "masked_region": bool({"image", "audio"} & set(used)),
+        }
+        if not any(fed[name] and getattr(self.objectives, name).weight > 0 for name in fed):
+            raise ValueError(
+                f"data.views has {', '.join(used)}, and no objective of weight above 0 learns from that: contrastive "
+                "needs two modalities, masked_language text, masked_region image or audio"
+            )
         if self.tokenizer.name is None and self.tokenizer.train is None:
             raise ValueError("tokenizer: give name (a folder or hub id) or train (a vocabulary size)")
 

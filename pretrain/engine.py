@@ -6,14 +6,15 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -56,7 +57,8 @@ def pretrain(config: Config) -> Path:
     resumed_from = find_last(checkpoints)
     tokenizer = make_tokenizer(config.tokenizer, source, resumed_from)
     order = Order([len(shard.samples) for shard in source.shards], config.seed)
-    data_state = {"seed": config.seed, "fingerprint": source.fingerprint, "batch_size": config.train.batch_size}
+    check_modalities(config, source)
+    identity = identity_of(config, source)
 
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
@@ -65,8 +67,12 @@ def pretrain(config: Config) -> Path:
     model, optimizer = accelerator.prepare(bare, bare_optimizer)
     step = 0
     if resumed_from is not None:
-        step = load_checkpoint(resumed_from, bare, bare_optimizer, data_state)
+        step = load_checkpoint(resumed_from, bare, bare_optimizer, identity)
         print(f"resumed from {resumed_from} at step {step}")
+        if step > config.train.steps:
+            raise ConfigError(f"train.steps={config.train.steps}, but {resumed_from} has done {step} already")
+        if step == config.train.steps:
+            return resumed_from
     record_run(config)
     drop_later_metrics(Path(config.out) / "metrics.jsonl", step)
     describe(config, accelerator, encoder, source, len(tokenizer))
@@ -76,7 +82,7 @@ def pretrain(config: Config) -> Path:
     on_device = OnDevice(config.data.views).to(accelerator.device)
     progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, config.train.log_every)
     model.train()
-    batches = progress.timed(stream.loader(config.data.workers)) if step < steps else iter(())
+    batches = progress.timed(stream.batches(config.data.workers))
     for batch in batches:
         rate = learning_rate(config.train, step)
         for group in optimizer.param_groups:
@@ -92,7 +98,7 @@ def pretrain(config: Config) -> Path:
             check_finite(loss, norm, step)
         progress.update({"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate})
         if step % config.train.save_every == 0 or step == steps:
-            save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, data_state, config.train.keep)
+            save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, identity, config.train.keep)
         if step == steps:
             break
     last = find_last(checkpoints)
@@ -107,21 +113,24 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ConfigError: launched with several processes.
     """
+    # Without CUDA it is the CPU: Apple's GPUs have no float64, in which the log-mel is computed.
+    cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=cpu)
+    if state.num_processes > 1:
+        raise ConfigError(f"launched with {state.num_processes} processes, training runs in one: add --num_processes 1")
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if fast_in_bf16() else "fp32"
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"launched with {accelerator.num_processes} processes: training runs in one")
+        precision = "bf16" if fast_in_bf16(state.device) else "fp32"
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if precision == "bf16" else "no")
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
         torch.set_num_threads(config.threads or available_cpus())
     return accelerator
 
 
-def fast_in_bf16() -> bool:
+def fast_in_bf16(device: torch.device) -> bool:
     """Whether the device has matrix units for bf16; without them it is slower than fp32."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
@@ -175,6 +184,48 @@ def open_source(config: Config, split: str) -> Source:
     # A URL stays as it is, for find_shards to refuse by its own name.
     rooted = [p if "://" in p or p.startswith("pipe:") else str(Path(config.data.root) / p) for p in patterns]
     return Source([load_index(path) for path in find_shards(rooted)])
+
+
+def check_modalities(config: Config, source: Source) -> None:
+    """Print how many samples have each modality, and what nothing reads.
+
+    Raises:
+        ConfigError: a modality in use that no sample has.
+    """
+    counts = {name: source.count(name) for name in config.data.views.used}
+    unread = ", ".join(f".{extension}" for extension in sorted(source.unread()))
+    for name, count in counts.items():
+        if count == 0:
+            raise ConfigError(
+                f"data.views.{name} is in use, but no training sample has {name}"
+                + (f"; not read are {unread}" if unread else "")
+                + f". Set data.views.{name}=null to train without it"
+            )
+    print(f"samples   {len(source)}: " + ", ".join(f"{count} with {name}" for name, count in counts.items()))
+    if unread:
+        print(f"          members that nothing reads: {unread}")
+
+
+def identity_of(config: Config, source: Source) -> dict[str, Any]:
+    """Everything that, if it changed, would make a resumed run another run; dotted keys."""
+    parts: dict[str, Any] = {
+        "model": config.model,
+        "objectives": config.objectives,
+        "data.views": config.data.views,
+        "tokenizer": config.tokenizer,
+    }
+    settings = {key: value for name, part in parts.items() for key, value in flatten(name, asdict(part))}
+    run = {"seed": config.seed, "train.batch_size": config.train.batch_size, "training shards": source.fingerprint}
+    return {**run, **settings}
+
+
+def flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts with their dotted keys."""
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for name, branch in tree.items():
+        yield from flatten(f"{prefix}.{name}", branch)
 
 
 def make_tokenizer(config: TokenizerConfig, source: Source, checkpoint: Path | None) -> PreTrainedTokenizerBase:
@@ -255,7 +306,7 @@ def describe(config: Config, accelerator: Accelerator, encoder: Encoder, source:
     print(
         f"encoder   {', '.join(config.data.views.used)}: {parameters / 1e6:.2f} M parameters, "
         f"{vocabulary} tokens of vocabulary\n"
-        f"data      {len(source)} samples in {len(source.shards)} shards; "
+        f"data      {len(source.shards)} shards; "
         f"{config.train.steps} steps of {config.train.batch_size} are {epochs:.1f} epochs\n"
         f"device    {accelerator.device}{threads}, {precision}\n"
         f"run       {config.out}",

@@ -32,6 +32,7 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from data.batch import Field
 from data.errors import UserError
@@ -47,7 +48,7 @@ class ExportError(UserError):
 
 
 def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Path]:
-    """Write one folder per modality, each verified, replacing earlier ones.
+    """Write one folder per modality, each verified, replacing earlier exports.
 
     Args:
         encoder: on the CPU.
@@ -58,12 +59,14 @@ def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
         modality -> folder.
 
     Raises:
-        ExportError: a saved model differs from the encoder by more than 1e-5; nothing of it remains.
+        ExportError: a folder holds anything but an earlier export, or a saved model differs from the encoder by more
+            than 1e-5; nothing of it remains.
     """
     encoder = encoder.eval()
     folders = {}
     for modality in encoder.views.used:
         partial, final = out / f".{modality}.partial", out / modality
+        check_replaceable(final)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -76,6 +79,17 @@ def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
         partial.rename(final)
         folders[modality] = final
     return folders
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no export.
+
+    Raises:
+        ExportError: the folder has files, but no model among them.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and names and not {"config.json", "model.safetensors"} <= names:
+        raise ExportError(f"{folder} holds files that are no export: choose another folder")
 
 
 def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -191,6 +205,8 @@ def verify(encoder: Encoder, modality: str, folder: Path) -> None:
     }
     if problems:
         raise ExportError(f"{folder}: the saved {modality} model does not load whole: {problems}")
+    # In float64 a difference is a mistake, however deep the model; in float32 it may be rounding.
+    model, encoder = model.double(), copy.deepcopy(encoder).double()
     field, inputs = _random_input(encoder, modality)
     with torch.inference_mode():
         states = encoder.encode(modality, field)
@@ -208,10 +224,14 @@ def _random_input(encoder: Encoder, modality: str) -> tuple[Field, dict[str, Ten
     generator = torch.Generator().manual_seed(0)
     rows, views = torch.arange(2), encoder.views
     if modality == "image" and views.image is not None:
-        pixels = torch.rand(2, 3, views.image.size, views.image.size, generator=generator) * 2 - 1
+        pixels = (
+            torch.rand((2, 3, views.image.size, views.image.size), generator=generator, dtype=torch.float64) * 2 - 1
+        )
         return Field(pixels, rows), {"pixel_values": pixels}
     if modality == "audio" and views.audio is not None:
-        spectrogram = torch.randn(2, views.audio.frames, views.audio.mels, generator=generator) / 2
+        spectrogram = (
+            torch.randn((2, views.audio.frames, views.audio.mels), generator=generator, dtype=torch.float64) / 2
+        )
         return Field(spectrogram, rows), {"input_values": spectrogram}
     if modality == "text" and views.text is not None:
         ids = torch.randint(encoder.vocabulary.size, (2, views.text.max_tokens), generator=generator)
@@ -283,9 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as runs/digits/checkpoints/last")
     parser.add_argument("out", type=Path, help="folder for image/, text/ and audio/")
     arguments = parser.parse_args(argv)
+    disable_progress_bar()
     try:
         folders = export(*load_encoder(arguments.checkpoint), arguments.out)
-    except (FileNotFoundError, UserError) as error:
+    except (OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for modality, folder in folders.items():

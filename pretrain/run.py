@@ -5,6 +5,9 @@ accelerate launch pretrain/run.py RECIPE.yaml key=value ...         # your own r
 """
 
 import argparse
+import json
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,16 +16,15 @@ from pathlib import Path
 if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from data import digits
 from data.errors import UserError
-from eval.report import table, write_results
-from eval.run import evaluate
+from eval.report import read_results, table, write_results
+from eval.run import about, evaluate, read_labels
 from pretrain.checkpoint import load_encoder
 from pretrain.config import Config, load_config, to_yaml
-from pretrain.engine import open_source, pretrain
+from pretrain.engine import open_source, pretrain, start_accelerator
 from pretrain.export import export
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
@@ -39,7 +41,8 @@ EPILOG = """\
 Settings: pretrain/recipes/digits.yaml shows those that matter; --print-config shows all of them.
 The folder `out` gets config.yaml, env.json, metrics.jsonl, checkpoints/, eval/results.json and
 export/{image,text,audio}/, which load with transformers' AutoModel.from_pretrained.
-Exit code: 0 when all is done, 2 for a mistake in the recipe, the shards or the checkpoint."""
+Exit code: 0 when all is done, 2 for a mistake in the recipe, the shards or the checkpoint; after
+the message `accelerate launch` makes it 1 and adds a traceback of its own (none with --quiet)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,34 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(to_yaml(config), end="")
             return 0
         run(config)
-    except (UserError, FileNotFoundError, FileExistsError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def run(config: Config) -> None:
-    """Build the embedded data if asked for, train, evaluate, export, and say what came out."""
+    """Build the embedded data if asked for, train, export, evaluate, and say what came out."""
+    device = start_accelerator(config.train).device
     if config.data.embedded == "digits":
         digits.build(Path(config.data.root))
+    scored = config.eval.label is not None
+    splits = {name: open_source(config, name) for name in ("train", "val", "test")} if scored else {}
+    if scored:  # a wrong label should show now, not after the training
+        read_labels(splits, config.eval)
+
     checkpoint = pretrain(config)
     out = Path(config.out)
     encoder, tokenizer = load_encoder(checkpoint)
+    folders = export(encoder, tokenizer, out / "export")
     scores = ""
-    if config.eval.label is not None:
-        splits = {name: open_source(config, name) for name in ("train", "val", "test")}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        results = evaluate(encoder, tokenizer, splits, config.eval, device, config.data.workers)
-        about = {"checkpoint": checkpoint.name, "samples": {name: len(source) for name, source in splits.items()}}
-        write_results(out / "eval" / "results.json", results, about)
+    if scored:
+        path, subject = out / "eval" / "results.json", about(checkpoint / "encoder", splits, config.eval)
+        results = read_results(path, subject)
+        if results is None:
+            results = evaluate(encoder, tokenizer, splits, config.eval, device, config.data.workers)
+            write_results(path, results, subject)
         scores = table(results) + "\n\n"
-    folders = export(encoder.cpu(), tokenizer, out / "export")
     print("\n" + scores + closing_screen(out, checkpoint, list(folders)))
 
 
 def closing_screen(out: Path, checkpoint: Path, modalities: Sequence[str]) -> str:
     """What lies where, and the commands to copy next."""
-    first, results = modalities[0], out / "eval" / "results.json"
+    results, python = out / "eval" / "results.json", shlex.quote(os.path.relpath(sys.executable))
+    folder = json.dumps(str(out / "export" / modalities[0]))
+    load = f"from transformers import AutoModel; print(AutoModel.from_pretrained({folder}))"
     return f"""\
 run         {out}
 checkpoint  {checkpoint}
@@ -96,8 +107,8 @@ results     {results if results.exists() else "none: eval.label is null"}
 export      {out / "export"}/{{{",".join(modalities)}}}
 
 next
-  load      python -c "from transformers import AutoModel; print(AutoModel.from_pretrained('{out / "export" / first}'))"
-  export    python pretrain/export.py {checkpoint} EMPTY_FOLDER
+  load      {python} -c {shlex.quote(load)}
+  export    {python} pretrain/export.py {shlex.quote(str(checkpoint))} exported
   resume    start the same command again: it goes on from the newest checkpoint
 """
 

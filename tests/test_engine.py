@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pretrain.engine
+from data.shards import write_shards
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
@@ -244,9 +245,12 @@ def test_resume_none_is_content_with_a_new_folder(tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("seed=1", "seed: 0 then, 1 now"),
-        ("train.batch_size=4", "batch_size: 8 then, 4 now"),
-        ("data.train=[train-00000.tar]", "fingerprint: "),
-        ("model.depth=1", "does not fit"),
+        ("train.batch_size=4", "train.batch_size: 8 then, 4 now"),
+        ("data.train=[train-00000.tar]", "training shards: "),
+        ("model.depth=1", "model.depth: 2 then, 1 now"),
+        ("model.heads=4", "model.heads: 2 then, 4 now"),  # the tensors would fit
+        ("objectives.masked_region.weight=2.0", "objectives.masked_region.weight: 1.0 then, 2.0 now"),
+        ("data.views.image.flip=true", "data.views.image.flip: False then, True now"),
     ],
 )
 def test_a_refused_resume_leaves_the_run_as_it_was(whole: Run, override: str, words: str) -> None:
@@ -261,6 +265,30 @@ def test_a_refused_resume_leaves_the_run_as_it_was(whole: Run, override: str, wo
             (whole.out / name).write_bytes(content)
 
 
+def test_fewer_steps_than_are_done_are_refused(whole: Run) -> None:
+    before = (whole.out / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"train\.steps=4, but .*step-00000012 has done 12 already"):
+        pretrain.engine.pretrain(load_config(whole.out / "config.yaml", ["train.steps=4"]))
+    assert (whole.out / "config.yaml").read_bytes() == before
+
+
+def test_a_modality_that_no_sample_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    shards: list[dict[str, bytes | str]] = [
+        {"__key__": f"{i}", "txt": b"words", "mp3": b"no decoder reads it", "cls": b"1"} for i in range(4)
+    ]
+    (shard,) = write_shards(shards, tmp_path / "other" / "train", max_samples=10)
+    config.data.train = [str(shard)]
+    with pytest.raises(ConfigError, match=r"data\.views\.image is in use, but no .*; not read are \.cls, \.mp3"):
+        pretrain.engine.pretrain(config)
+    config.data.views.image = config.data.views.audio = None
+    config.train.steps = 1
+    pretrain.engine.pretrain(config)
+    shown = capsys.readouterr().out
+    assert "4 with text" in shown
+    assert "nothing reads: .cls, .mp3" in shown
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Four:
         num_processes = 4
@@ -268,7 +296,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, **_: object) -> None:
             self.device = torch.device("cpu")
 
-    monkeypatch.setattr(pretrain.engine, "Accelerator", Four)
+    monkeypatch.setattr(pretrain.engine, "PartialState", Four)
     with pytest.raises(ConfigError, match="4 processes"):
         start_accelerator(TrainConfig(precision="fp32"))
 
@@ -289,12 +317,12 @@ def test_auto_takes_bf16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, fast:
     class Recorded:
         num_processes = 1
 
-        def __init__(self, mixed_precision: str) -> None:
+        def __init__(self, cpu: bool, mixed_precision: str) -> None:
             asked.append(mixed_precision)
             self.device = torch.device("cpu")
 
     monkeypatch.setattr(pretrain.engine, "Accelerator", Recorded)
-    monkeypatch.setattr(pretrain.engine, "fast_in_bf16", lambda: fast)
+    monkeypatch.setattr(pretrain.engine, "fast_in_bf16", lambda device: fast)
     for precision in ("auto", "fp32", "bf16"):
         start_accelerator(TrainConfig(precision=precision, threads=1))
     assert asked == [mixed, "no", "bf16"]

@@ -208,7 +208,7 @@ def test_every_task_has_its_numbers_and_baselines(tiny: Tiny) -> None:
     }
     for task, result in tiny.results.items():
         if task.startswith("retrieval"):
-            assert result.keys() == {"r1", "r5", "r10", "chance", "random_init"}
+            assert result.keys() == {"r1", "r5", "r10", "queries", "queries_without_match", "chance", "random_init"}
             assert result["chance"].keys() == result["random_init"].keys() == {"r1", "r5", "r10"}
             assert 0 <= result["r1"] <= result["r5"] <= result["r10"] <= 1
             assert result["chance"]["r1"] == pytest.approx(1 / 3)
@@ -310,7 +310,7 @@ def test_the_command_line_gives_the_same_results(
     assert main([*arguments(tiny), *names, "--out", str(out)]) == 0
     document = json.loads(out.read_text())
     assert document["schema"] == 1
-    assert document["about"]["samples"] == COUNTS
+    assert {name: split["samples"] for name, split in document["about"]["splits"].items()} == COUNTS
     assert document["results"].keys() == tiny.results.keys()
     for task, result in tiny.results.items():
         for name in {"top1", "r1"} & result.keys():

@@ -276,7 +276,8 @@ def test_tensors_that_are_missing_in_the_file_are_refused(tmp_path: Path, export
 def test_an_export_replaces_the_earlier_one(tmp_path: Path, exported: Exported) -> None:
     for modality in ("image", "text", "audio"):
         (tmp_path / modality).mkdir()
-        (tmp_path / modality / "stale.txt").write_text("of an earlier export")
+        for name in ("config.json", "model.safetensors", "stale.txt"):
+            (tmp_path / modality / name).write_text("of an earlier export")
         (tmp_path / f".{modality}.partial").mkdir()
         (tmp_path / f".{modality}.partial" / "config.json").write_text("of an export that was killed")
     other = tiny_encoder(exported.tokenizer, seed=1)
@@ -284,6 +285,14 @@ def test_an_export_replaces_the_earlier_one(tmp_path: Path, exported: Exported) 
         assert {path.name for path in folder.iterdir()} == {path.name for path in exported.folders[name].iterdir()}
         verify(other, name, folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audio", "image", "text"]
+
+
+def test_files_that_are_no_export_are_not_touched(tmp_path: Path, exported: Exported) -> None:
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "cat.jpg").write_text("a cat")
+    with pytest.raises(ExportError, match="no export"):
+        export(exported.encoder, exported.tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["image", "cat.jpg"]
 
 
 def test_only_the_modalities_of_the_encoder_are_exported(tmp_path: Path, exported: Exported) -> None:

@@ -221,9 +221,23 @@ def test_load_writes_at_first_sight_and_then_reads(tar: Path) -> None:
     assert json.loads(index_path(tar).read_text())["schema"] == 1
 
     # With as many other bytes, only a loader that read the file beside would return the same again.
+    before = tar.stat()
     tar.write_bytes(bytes(first.size))
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert load_index(tar) == first
     assert sorted(path.name for path in tar.parent.iterdir()) == [tar.name, f"{tar.name}.index.json"]
+
+
+def test_a_shard_written_anew_with_the_same_size_is_refused(tar: Path) -> None:
+    content = tar.read_bytes()
+    load_index(tar)
+    later = index_path(tar).stat().st_mtime_ns + 1_000_000_000
+    os.utime(tar, ns=(later, later))
+    load_index(tar)  # newer, but the same
+    tar.write_bytes(content[:600] + b"x" + content[601:])
+    os.utime(tar, ns=(later, later))
+    with pytest.raises(ShardError, match="sha256"):
+        load_index(tar)
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,8 @@ def test_a_run_from_shards_to_export_and_again(
         assert (out / "export" / modality / "model.safetensors").is_file()
     document = json.loads((out / "eval" / "results.json").read_text())
     assert document["schema"] == 1
-    assert document["about"] == {"checkpoint": "step-00000012", "samples": COUNTS}
+    assert document["about"]["encoder"]["folder"].endswith("step-00000012/encoder")
+    assert {name: split["samples"] for name, split in document["about"]["splits"].items()} == COUNTS
     assert {"linear/image", "zeroshot/audio", "retrieval/text_to_image"} <= document["results"].keys()
     assert not list(out.rglob("*partial*"))
     for path in ("metrics.jsonl", "checkpoints/step-00000012", "eval/results.json", "export"):
@@ -162,7 +164,11 @@ def test_a_run_without_audio_has_no_audio_anywhere(tmp_path: Path) -> None:
 
 def test_the_commands_on_the_closing_screen_name_what_is_there(tmp_path: Path) -> None:
     screen = closing_screen(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001", ["text", "audio"])
-    assert f"from_pretrained('{tmp_path / 'run' / 'export' / 'text'}')" in screen
+    command = next(line for line in screen.splitlines() if line.startswith("  load"))
+    python, flag, code = shlex.split(command)[1:]
+    assert Path(python).exists()
+    assert flag == "-c"
+    assert f'from_pretrained("{tmp_path / "run" / "export" / "text"}")' in code
     assert "export/{text,audio}" in screen
     assert f"pretrain/export.py {tmp_path / 'run' / 'checkpoints' / 'step-00000001'}" in screen
 

@@ -72,13 +72,13 @@ def assert_equal(a: list[Batch], b: list[Batch]) -> None:
 
 
 def test_a_worker_process_gives_the_same_batches(source: Source) -> None:
-    here = first(training(source).loader(workers=0), 6)
-    assert_equal(here, first(training(source).loader(workers=1), 6))
+    here = first(training(source).batches(workers=0), 6)
+    assert_equal(here, first(training(source).batches(workers=1), 6))
     assert_equal(here, first(training(source), 6))
 
 
 def test_the_evaluation_pass_ends_with_a_worker_too(source: Source) -> None:
-    assert_equal(list(evaluation(source).loader(workers=0)), list(evaluation(source).loader(workers=1)))
+    assert_equal(list(evaluation(source).batches(workers=0)), list(evaluation(source).batches(workers=1)))
 
 
 def test_starting_at_a_position_equals_skipping_to_it(source: Source) -> None:
@@ -215,8 +215,12 @@ def test_a_damaged_member_is_named_with_shard_and_key(tmp_path: Path, extension:
 
 def test_a_damaged_member_stops_a_worker_with_the_same_error(tmp_path: Path) -> None:
     source = write_source(tmp_path, [{"txt": b"\xff"}])
-    with pytest.raises(StreamError, match=r"sample k0, member \.txt: text is not UTF-8"):
-        list(evaluation(source).loader(workers=1))
+    with pytest.raises(StreamError) as here:
+        list(evaluation(source).batches(workers=0))
+    with pytest.raises(StreamError) as there:
+        list(evaluation(source).batches(workers=1))
+    assert "sample k0, member .txt: text is not UTF-8" in str(here.value)
+    assert str(there.value) == str(here.value)
 
 
 def test_a_shard_that_became_shorter_is_named(tmp_path: Path) -> None:

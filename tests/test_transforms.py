@@ -24,9 +24,9 @@ Sound = npt.NDArray[np.int16]
 @cache
 def clips(count: int) -> list[Sound]:
     """Spoken digits at 16 kHz, as a view gives them."""
-    index = build_index(data.digits._ASSET)
+    index = build_index(data.digits._ASSETS[0])
     found = []
-    with data.digits._ASSET.open("rb") as file:
+    with data.digits._ASSETS[0].open("rb") as file:
         for sample in index.samples[:: len(index.samples) // count][:count]:
             offset, size = sample.members["flac"]
             file.seek(offset)

@@ -32,12 +32,13 @@ RATE = 8000
 WANTED = 40
 FIRST_NUMBER = 32  # the bank has 00 to 31
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
-VARIANTS = (
-    "Alex Alicia Andrea Andy Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario Michael Mike adam anika "
-    "antonio aunty belinda benjamin boris caleb david ed edward f1 f2 f3 f4 f5 gustave iven john kaukovalta klatt "
-    "klatt2 klatt3 klatt4 linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo max michel miguel norbert pablo paul pedro quincy "
-    "rob robert sandro shelby steph travis victor zac grandma grandpa"
-).split()
+_VARIANTS = """
+Alex Alicia Andrea Andy Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario Michael Mike adam anika antonio aunty
+belinda benjamin boris caleb david ed edward f1 f2 f3 f4 f5 gustave iven john kaukovalta klatt klatt2 klatt3 klatt4
+linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo max michel miguel norbert pablo paul pedro quincy rob robert sandro shelby steph
+travis victor zac grandma grandpa
+"""
+VARIANTS = _VARIANTS.split()
 
 Clip = npt.NDArray[np.float32]
 
