@@ -1,6 +1,7 @@
 """Frozen features: what an encoder, or no encoder at all, makes of every sample of a split."""
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def extract(
                 Features(
                     features.cpu(),
                     embeddings.cpu(),
-                    raw_input(name, field, encoder.vocabulary.size).cpu(),
+                    RAW_INPUTS[name](field, encoder.vocabulary.size).cpu(),
                     all_labels[field.rows + first],
                     content_ids(batch.fields[name]),
                 )
@@ -78,24 +79,27 @@ def extract(
     return {name: Features(*map(torch.cat, zip(*several, strict=True))) for name, several in parts.items()}
 
 
-def raw_input(modality: str, field: Field, vocabulary_size: int) -> Tensor:
-    """A fixed-length vector of the input itself, as a baseline that no encoder touched.
+def raw_image(field: Field, _: int) -> Tensor:
+    """Pixels, averaged down to at most 16x16."""
+    side = min(16, field.x.shape[-1])
+    return F.adaptive_avg_pool2d(field.x, side).flatten(1)
 
-    Image: pixels, averaged down to at most 16x16. Text: how often each token occurs, ids modulo 4,096. Audio: the
-    log-mel spectrogram, averaged over 12 stretches of time.
 
-    Returns:
-        (n, R) float32.
-    """
-    if modality == "image":
-        side = min(16, field.x.shape[-1])
-        return F.adaptive_avg_pool2d(field.x, side).flatten(1)
-    if modality == "audio":
-        return F.adaptive_avg_pool1d(field.x.transpose(1, 2), 12).flatten(1)
+def raw_text(field: Field, vocabulary_size: int) -> Tensor:
+    """How often each token occurs, ids modulo 4,096."""
     buckets = min(vocabulary_size, 4096)
     counts = torch.zeros(len(field.x), buckets, device=field.x.device)
     ones = torch.ones_like(field.x, dtype=counts.dtype) if field.valid is None else field.valid.to(counts.dtype)
     return counts.scatter_add_(1, field.x % buckets, ones)
+
+
+def raw_audio(field: Field, _: int) -> Tensor:
+    """The log-mel spectrogram, averaged over 12 stretches of time."""
+    return F.adaptive_avg_pool1d(field.x.transpose(1, 2), 12).flatten(1)
+
+
+# Modality -> (n, R) float32 vectors of the input itself, a baseline that no encoder touched.
+RAW_INPUTS: dict[str, Callable[[Field, int], Tensor]] = {"image": raw_image, "text": raw_text, "audio": raw_audio}
 
 
 def content_ids(field: Field) -> Tensor:

@@ -31,6 +31,8 @@ class ContrastiveConfig:
 class Contrastive(nn.Module):
     """Symmetric InfoNCE with a learned scale per pair, clamped at 100 (CLIP, Radford et al. 2021, section 2.5)."""
 
+    reads = "embeddings"
+
     def __init__(self, config: ContrastiveConfig, encoder: Encoder) -> None:
         super().__init__()
         start = math.log(1 / config.temperature)

@@ -33,6 +33,8 @@ class MaskedLanguageConfig:
 class MaskedLanguage(nn.Module):
     """RoBERTa's language-model head: dense, GELU, LayerNorm, and the input embedding as output matrix."""
 
+    reads = "joint"
+
     def __init__(self, config: MaskedLanguageConfig, encoder: Encoder) -> None:
         super().__init__()
         width = encoder.config.width

@@ -39,6 +39,8 @@ class MaskedRegionConfig:
 class MaskedRegion(nn.Module):
     """A light decoder per modality made of patches (MAE, He et al. 2022, section 3)."""
 
+    reads = "joint"
+
     def __init__(self, config: MaskedRegionConfig, encoder: Encoder) -> None:
         super().__init__()
         self.decoders = nn.ModuleDict(

@@ -16,7 +16,8 @@ from objectives.passes import JointPass, Passes
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
-# Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here.
+# Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
+# class says which passes it `reads`, "embeddings" or "joint"; passes that nobody reads are not made.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
     "masked_language": MaskedLanguage,
@@ -92,6 +93,7 @@ class Pretraining(nn.Module):
         self.objectives = nn.ModuleDict(
             {name: cls(getattr(config, name), encoder) for name, cls in OBJECTIVES.items() if self.weights[name] > 0}
         )
+        self.reads = {OBJECTIVES[name].reads for name in self.objectives}
         ordinary = torch.ones(encoder.vocabulary.size, dtype=torch.bool)
         ordinary[list(encoder.vocabulary.special_ids)] = False
         self.ordinary = nn.Buffer(ordinary, persistent=False)
@@ -107,9 +109,9 @@ class Pretraining(nn.Module):
         generator = torch.Generator(self.ordinary.device).manual_seed(seed)
         embeddings: dict[str, Field] = {}
         joint: list[JointPass] = []
-        if "contrastive" in self.objectives:
+        if "embeddings" in self.reads:
             embeddings = self._unimodal(batch, generator, whole)
-        if "masked_language" in self.objectives or "masked_region" in self.objectives:
+        if "joint" in self.reads:
             rows = max(1, round(self.config.joint_share * batch.size))
             joint = [self._joint(group, generator) for group in group_by_presence(batch, rows)]
         passes = Passes(self.encoder, embeddings, joint)

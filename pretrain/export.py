@@ -39,6 +39,7 @@ from data.errors import UserError
 from pretrain.checkpoint import load_encoder
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import LAYER_NORM_EPS, Block
+from pretrain.model.tokenizers import PatchTokenizer
 
 TOLERANCE = 1e-5
 
@@ -191,6 +192,8 @@ EXPORTS: dict[str, Callable[[Encoder, PreTrainedTokenizerBase, Path], None]] = {
     "text": export_text,
     "audio": export_audio,
 }
+# Name of the stock model's input.
+STOCK_INPUT = {"image": "pixel_values", "text": "input_ids", "audio": "input_values"}
 
 
 def verify(encoder: Encoder, modality: str, folder: Path) -> None:
@@ -222,23 +225,14 @@ def verify(encoder: Encoder, modality: str, folder: Path) -> None:
 def _random_input(encoder: Encoder, modality: str) -> tuple[Field, dict[str, Tensor]]:
     """Two random inputs, as a Field and as keyword arguments of the stock model."""
     generator = torch.Generator().manual_seed(0)
-    rows, views = torch.arange(2), encoder.views
-    if modality == "image" and views.image is not None:
-        pixels = (
-            torch.rand((2, 3, views.image.size, views.image.size), generator=generator, dtype=torch.float64) * 2 - 1
-        )
-        return Field(pixels, rows), {"pixel_values": pixels}
-    if modality == "audio" and views.audio is not None:
-        spectrogram = (
-            torch.randn((2, views.audio.frames, views.audio.mels), generator=generator, dtype=torch.float64) / 2
-        )
-        return Field(spectrogram, rows), {"input_values": spectrogram}
-    if modality == "text" and views.text is not None:
-        ids = torch.randint(encoder.vocabulary.size, (2, views.text.max_tokens), generator=generator)
-        # No padding within: the stock class would take its positions from the ids, not from the mask.
-        ids = ids.masked_fill(ids == encoder.vocabulary.pad_id, encoder.vocabulary.mask_id)
-        return Field(ids, rows), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    raise ValueError(f"the encoder has no {modality}")
+    rows, tokenizer = torch.arange(2), _part(encoder, f"tokenizers.{modality}")
+    if isinstance(tokenizer, PatchTokenizer):
+        x = torch.rand((2, *tokenizer.input_shape), generator=generator, dtype=torch.float64) * 2 - 1
+        return Field(x, rows), {STOCK_INPUT[modality]: x}
+    ids = torch.randint(encoder.vocabulary.size, (2, tokenizer.max_tokens), generator=generator)
+    # No padding within: the stock class would take its positions from the ids, not from the mask.
+    ids = ids.masked_fill(ids == encoder.vocabulary.pad_id, encoder.vocabulary.mask_id)
+    return Field(ids, rows), {STOCK_INPUT[modality]: ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _common(encoder: Encoder) -> dict[str, Any]:

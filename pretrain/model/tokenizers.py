@@ -81,6 +81,8 @@ class PatchTokenizer(nn.Module):
     """
 
     prefix_tokens: ClassVar[int]
+    input_shape: tuple[int, ...]
+    """Shape of one sample's input."""
 
     def __init__(self, width: int, channels: int, grid: tuple[int, int], patch: int) -> None:
         super().__init__()
@@ -117,6 +119,7 @@ class ImageTokenizer(PatchTokenizer):
             raise UserError(f"model.image_patch={config.image_patch}: it must divide data.views.image.size={view.size}")
         side = view.size // config.image_patch
         super().__init__(config.width, 3, (side, side), config.image_patch)
+        self.input_shape = (3, view.size, view.size)
 
 
 class AudioTokenizer(PatchTokenizer):
@@ -135,6 +138,7 @@ class AudioTokenizer(PatchTokenizer):
                 )
         grid = (view.mels // config.audio_patch, view.frames // config.audio_patch)
         super().__init__(config.width, 1, grid, config.audio_patch)
+        self.input_shape = (view.frames, view.mels)
 
     def patchify(self, x: Tensor) -> Tensor:
         """(n, frames, mels) -> (n, P, patch * patch); the patch grid is mels x frames."""
@@ -148,7 +152,7 @@ class TextTokenizer(nn.Module):
 
     def __init__(self, config: ModelConfig, view: TextView, vocabulary: Vocabulary) -> None:
         super().__init__()
-        self.pad_id = vocabulary.pad_id
+        self.pad_id, self.max_tokens = vocabulary.pad_id, view.max_tokens
         self.embed = nn.Embedding(vocabulary.size, config.width)
         self.positions = nn.Embedding(view.max_tokens + vocabulary.pad_id + 1, config.width)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
