@@ -1,7 +1,7 @@
 """Frozen features: what an encoder, or no encoder at all, makes of every sample of a split."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,49 +34,49 @@ class Features(NamedTuple):
 
 
 def extract(
-    encoder: Encoder,
+    encoders: Sequence[Encoder],
     tokenizer: PreTrainedTokenizerBase,
     source: Source,
     labels: list[int],
     device: torch.device,
     batch_size: int,
     workers: int,
-) -> dict[str, Features]:
-    """Features of every sample, in the deterministic views, in float32.
+) -> list[dict[str, Features]]:
+    """Features of every sample, in the deterministic views, in float32; read once for all encoders.
 
     Args:
-        encoder: moved to ``device`` and put into evaluation mode; its views say what is read.
-        tokenizer: the one that it was trained with.
+        encoders: of one architecture; moved to ``device`` and put into evaluation mode. Their views say what is read.
+        tokenizer: the one that they were trained with.
         source: the split.
         labels: of every sample, in the order of the shards.
-        device: where the encoder runs.
+        device: where the encoders run.
         batch_size: samples per pass.
         workers: 0 or 1 processes that read ahead.
 
     Returns:
-        modality -> Features on the CPU, for the modalities that occur.
+        per encoder: modality -> Features on the CPU, for the modalities that occur.
     """
-    encoder = encoder.to(device).eval()
-    on_device = OnDevice(encoder.views).to(device)
+    encoders = [encoder.to(device).eval() for encoder in encoders]
+    views, vocabulary_size = encoders[0].views, encoders[0].vocabulary.size
+    on_device = OnDevice(views).to(device)
     all_labels = torch.tensor(labels)
-    parts: dict[str, list[Features]] = {}
+    parts: list[dict[str, list[Features]]] = [{} for _ in encoders]
     first = 0
-    for batch in Stream(source, encoder.views, tokenizer, batch_size).batches(workers):
-        seen = on_device(batch.to(device))
-        for name, field in seen.fields.items():
-            with torch.inference_mode():
-                features, embeddings = encoder(name, field)
-            parts.setdefault(name, []).append(
-                Features(
-                    features.cpu(),
-                    embeddings.cpu(),
-                    RAW_INPUTS[name](field, encoder.vocabulary.size).cpu(),
-                    all_labels[field.rows + first],
-                    content_ids(batch.fields[name]),
+    for batch in Stream(source, views, tokenizer, batch_size).batches(workers):
+        for name, field in on_device(batch.to(device)).fields.items():
+            raw = RAW_INPUTS[name](field, vocabulary_size).cpu()
+            content = content_ids(batch.fields[name])
+            for encoder, part in zip(encoders, parts, strict=True):
+                with torch.inference_mode():
+                    features, embeddings = encoder(name, field)
+                part.setdefault(name, []).append(
+                    Features(features.cpu(), embeddings.cpu(), raw, all_labels[field.rows + first], content)
                 )
-            )
         first += batch.size
-    return {name: Features(*map(torch.cat, zip(*several, strict=True))) for name, several in parts.items()}
+    return [
+        {name: Features(*map(torch.cat, zip(*several, strict=True))) for name, several in part.items()}
+        for part in parts
+    ]
 
 
 def raw_image(field: Field, _: int) -> Tensor:

@@ -87,13 +87,12 @@ def evaluate(
         EvaluationError: labels that don't fit ``config.classes``, or that a probe refuses.
     """
     labels = read_labels(splits, config)
-    trained, random_init = (
-        {
-            name: extract(model, tokenizer, source, labels[name], device, config.batch_size, workers)
-            for name, source in splits.items()
-        }
-        for model in (encoder, random_encoder(encoder))
-    )
+    encoders = [encoder, random_encoder(encoder)]
+    trained, random_init = {}, {}
+    for name, source in splits.items():
+        trained[name], random_init[name] = extract(
+            encoders, tokenizer, source, labels[name], device, config.batch_size, workers
+        )
     results: Results = {}
     for modality in trained["test"]:
         for split in ("train", "val"):
@@ -102,9 +101,7 @@ def evaluate(
         with _task(f"linear/{modality}"):
             results[f"linear/{modality}"] = _linear(modality, trained, random_init)
     if config.classes and encoder.views.text is not None:
-        targets, random_targets = (
-            class_prompts(model, tokenizer, config, device) for model in (encoder, random_encoder(encoder))
-        )
+        targets, random_targets = (class_prompts(model, tokenizer, config, device) for model in encoders)
         for modality in (name for name in trained["test"] if name != "text"):
             with _task(f"zeroshot/{modality}"):
                 zero = _zero_shot(trained["test"][modality], targets)

@@ -89,7 +89,7 @@ def by_hand(tiny: Tiny, source: Source, modality: str) -> tuple[torch.Tensor, to
 def test_each_sample_comes_once_in_the_order_of_the_shards(tiny: Tiny, batch_size: int, workers: int) -> None:
     source = tiny.splits["train"]
     labels = list(range(100, 100 + COUNTS["train"]))
-    found = extract(tiny.encoder, tiny.tokenizer, source, labels, CPU, batch_size, workers)
+    found = extract([tiny.encoder], tiny.tokenizer, source, labels, CPU, batch_size, workers)[0]
     assert list(found) == ["image", "text", "audio"]
     for modality, features in found.items():
         assert features.labels.tolist() == labels
@@ -104,7 +104,7 @@ def test_each_sample_comes_once_in_the_order_of_the_shards(tiny: Tiny, batch_siz
 def test_labels_stay_with_samples_where_modalities_are_missing(tiny: Tiny, tmp_path: Path) -> None:
     members = ["ita", "t", "ia", "a", "ti", "", "a", "ita"]
     source = mixed(tmp_path, members)
-    found = extract(tiny.encoder, tiny.tokenizer, source, list(range(len(members))), CPU, 3, 0)
+    found = extract([tiny.encoder], tiny.tokenizer, source, list(range(len(members))), CPU, 3, 0)[0]
     for modality, features in found.items():
         assert features.labels.tolist() == [i for i, has in enumerate(members) if modality[0] in has]
         assert (features.features - by_hand(tiny, source, modality)[0]).abs().max() < 1e-5
@@ -112,12 +112,12 @@ def test_labels_stay_with_samples_where_modalities_are_missing(tiny: Tiny, tmp_p
 
 def test_a_modality_that_no_sample_has_is_absent(tiny: Tiny, tmp_path: Path) -> None:
     source = mixed(tmp_path, ["i", "it", "i"])
-    assert list(extract(tiny.encoder, tiny.tokenizer, source, [0, 1, 2], CPU, 2, 0)) == ["image", "text"]
+    assert list(extract([tiny.encoder], tiny.tokenizer, source, [0, 1, 2], CPU, 2, 0)[0]) == ["image", "text"]
 
 
 def test_evaluation_sees_no_augmentation(tiny: Tiny) -> None:
     def features() -> dict[str, Features]:
-        return extract(tiny.encoder, tiny.tokenizer, tiny.splits["val"], [0] * COUNTS["val"], CPU, 4, 0)
+        return extract([tiny.encoder], tiny.tokenizer, tiny.splits["val"], [0] * COUNTS["val"], CPU, 4, 0)[0]
 
     a, b = features(), features()
     assert all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
@@ -125,7 +125,7 @@ def test_evaluation_sees_no_augmentation(tiny: Tiny) -> None:
 
 def test_raw_inputs_are_what_they_say(tiny: Tiny) -> None:
     source = tiny.splits["val"]
-    found = extract(tiny.encoder, tiny.tokenizer, source, [0] * len(source), CPU, 5, 0)
+    found = extract([tiny.encoder], tiny.tokenizer, source, [0] * len(source), CPU, 5, 0)[0]
     assert {name: tuple(part.raw.shape) for name, part in found.items()} == {
         "image": (COUNTS["val"], 3 * 16 * 16),
         "text": (COUNTS["val"], tiny.encoder.vocabulary.size),
@@ -152,14 +152,14 @@ def test_content_of_equal_captions_is_equal_in_batches_of_other_lengths(tiny: Ti
         {"__key__": f"{i}", "txt": caption.encode()} for i, caption in enumerate(captions)
     ]
     source = open_shards(write_shards(samples, tmp_path / "captions", max_samples=10))
-    content = extract(tiny.encoder, tiny.tokenizer, source, [0] * 4, CPU, 2, 0)["text"].content
+    content = extract([tiny.encoder], tiny.tokenizer, source, [0] * 4, CPU, 2, 0)[0]["text"].content
     assert content[0] == content[3]
     assert len(set(content.tolist())) == 3
 
 
 def test_content_follows_the_samples(tiny: Tiny) -> None:
     source = tiny.splits["train"]
-    found = extract(tiny.encoder, tiny.tokenizer, source, [0] * len(source), CPU, len(source), 0)
+    found = extract([tiny.encoder], tiny.tokenizer, source, [0] * len(source), CPU, len(source), 0)[0]
     # Every caption comes several times; pictures and sounds are all different.
     captions = list(source.captions(100))
     assert len(set(found["text"].content.tolist())) == len(set(captions)) == 9
