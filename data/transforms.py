@@ -6,6 +6,7 @@ reads: normalised pixels and log-mel spectrograms, defined as the `transformers`
 define them, so that an export sees what training saw. A modality is a view, and a field of ``Views``.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -235,16 +236,19 @@ class LogMel(nn.Module):
     def __init__(self, view: AudioView) -> None:
         super().__init__()
         self.view = view
-        filters = mel_filter_bank(
-            num_frequency_bins=FFT // 2 + 1,
-            num_mel_filters=view.mels,
-            min_frequency=20,
-            max_frequency=SAMPLE_RATE // 2,
-            sampling_rate=SAMPLE_RATE,
-            norm=None,
-            mel_scale="kaldi",
-            triangularize_in_mel_space=True,
-        )
+        with warnings.catch_warnings():
+            # Few mel bins leave some low filters narrower than a bin of the transform; ASTFeatureExtractor has the same.
+            warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+            filters = mel_filter_bank(
+                num_frequency_bins=FFT // 2 + 1,
+                num_mel_filters=view.mels,
+                min_frequency=20,
+                max_frequency=SAMPLE_RATE // 2,
+                sampling_rate=SAMPLE_RATE,
+                norm=None,
+                mel_scale="kaldi",
+                triangularize_in_mel_space=True,
+            )
         self.window = nn.Buffer(torch.hann_window(FRAME, periodic=False, dtype=torch.float64), persistent=False)
         self.filters = nn.Buffer(torch.from_numpy(filters), persistent=False)
 

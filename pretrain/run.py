@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,7 +113,5 @@ next
 
 
 if __name__ == "__main__":
-    # Few mel bins leave some low filters narrower than a bin of the transform; ASTFeatureExtractor has the same.
-    warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
     disable_progress_bar()  # saving and loading take milliseconds a file
     sys.exit(main())
