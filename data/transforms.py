@@ -237,7 +237,7 @@ class LogMel(nn.Module):
         super().__init__()
         self.view = view
         with warnings.catch_warnings():
-            # Few mel bins leave some low filters narrower than a bin of the transform; ASTFeatureExtractor has the same.
+            # Few mel bins leave low filters narrower than a bin of the transform, as in ASTFeatureExtractor.
             warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
             filters = mel_filter_bank(
                 num_frequency_bins=FFT // 2 + 1,
