@@ -83,7 +83,8 @@ def pretrain(config: Config) -> Path:
     progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, config.train.log_every)
     model.train()
     batches = progress.timed(stream.batches(config.data.workers))
-    for batch in batches:
+    while True:
+        batch = next(batches)  # endless
         rate = learning_rate(config.train, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -98,13 +99,9 @@ def pretrain(config: Config) -> Path:
             check_finite(loss, norm, step)
         progress.update({"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate})
         if step % config.train.save_every == 0 or step == steps:
-            save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, identity, config.train.keep)
-        if step == steps:
-            break
-    last = find_last(checkpoints)
-    if last is None:
-        raise TrainingError(f"{checkpoints}: no checkpoint after {step} steps")
-    return last
+            saved = save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, identity, config.train.keep)
+            if step == steps:
+                return saved
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

@@ -73,11 +73,10 @@ def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> d
         try:
             EXPORTS[modality](encoder, tokenizer, partial)
             verify(encoder, modality, partial)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         folders[modality] = final
     return folders
 

@@ -318,7 +318,7 @@ def test_an_index_that_is_no_json_object_is_named(tar: Path, text: str) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with shards in it and next to it."""
-    inside = tmp_path / "work"
+    inside = tmp_path / "here"
     inside.mkdir()
     for name in ("train-00000", "train-00001", "train-00002", "val-00000", ".train-00003"):
         (inside / f"{name}.tar").touch()
@@ -337,7 +337,7 @@ def test_find_keeps_the_patterns_order_and_sorts_within(folder: Path) -> None:
     assert names(find_shards(["val-00000.tar", "train-*.tar*"])) == ["val-00000.tar", *train]
     assert names(find_shards(["train-{00002..00000}.tar"])) == train
     assert names(find_shards(["{train,val}-*0.tar"])) == [train[0], "val-00000.tar"]
-    assert names(find_shards(["../*/val-*.tar"])) == ["../work/val-00000.tar"]
+    assert names(find_shards(["../*/val-*.tar"])) == ["../here/val-00000.tar"]
     assert find_shards([f"{folder}/train-*.tar"]) == [folder / name for name in train]
     assert find_shards([]) == []
 
@@ -351,11 +351,11 @@ def test_find_takes_an_existing_name_as_it_is(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "missing", "where"),
     [
-        ("train-00007.tar", "train-00007.tar", "work"),
-        ("train-{00001..00003}.tar", "train-00003.tar", "work"),
-        ("test-*.tar", "test-*.tar", "work"),
-        ("other/test-*.tar", "other/test-*.tar", "work/other"),
-        ("", "", "work"),
+        ("train-00007.tar", "train-00007.tar", "here"),
+        ("train-{00001..00003}.tar", "train-00003.tar", "here"),
+        ("test-*.tar", "test-*.tar", "here"),
+        ("other/test-*.tar", "other/test-*.tar", "here/other"),
+        ("", "", "here"),
     ],
 )
 def test_find_names_what_is_missing_and_where(folder: Path, pattern: str, missing: str, where: str) -> None:
@@ -366,7 +366,7 @@ def test_find_names_what_is_missing_and_where(folder: Path, pattern: str, missin
 
 @pytest.mark.parametrize(
     "patterns",
-    [["train-*.tar", "train-00001.tar"], ["../work/val-00000.tar", "val-00000.tar"], ["{val,val}-00000.tar"]],
+    [["train-*.tar", "train-00001.tar"], ["../here/val-00000.tar", "val-00000.tar"], ["{val,val}-00000.tar"]],
 )
 def test_find_refuses_duplicates(folder: Path, patterns: list[str]) -> None:
     with pytest.raises(ShardError, match=r"0000\d\.tar: named twice"):
