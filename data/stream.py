@@ -151,7 +151,10 @@ class Source:
         if shard not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(index.path, os.O_RDONLY)
+            try:
+                self._files[shard] = os.open(index.path, os.O_RDONLY)
+            except OSError as error:
+                raise StreamError(f"{index.path}: sample {key} can't be read: {error.strerror}") from error
         try:
             if size > MAX_MEMBER_BYTES:
                 raise DecodeError(f"{size} bytes: at most {MAX_MEMBER_BYTES} are allowed")

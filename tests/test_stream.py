@@ -223,6 +223,14 @@ def test_a_damaged_member_stops_a_worker_with_the_same_error(tmp_path: Path) -> 
     assert str(there.value) == str(here.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanished_is_named(tmp_path: Path, workers: int) -> None:
+    source = write_source(tmp_path, [members(0, "t")])
+    (tmp_path / "train-00000.tar").unlink()
+    with pytest.raises(StreamError, match=r"^\S*train-00000\.tar: sample k0 can't be read: No such file"):
+        list(evaluation(source).batches(workers=workers))
+
+
 def test_a_shard_that_became_shorter_is_named(tmp_path: Path) -> None:
     source = write_source(tmp_path, [members(0, "t"), members(1, "t")])
     offset, size = source.shards[0].samples[1].members["txt"]
