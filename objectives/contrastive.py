@@ -1,6 +1,7 @@
 """Contrastive loss over every pair of modalities."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -32,6 +33,11 @@ class Contrastive(nn.Module):
     """Symmetric InfoNCE with a learned scale per pair, clamped at 100 (CLIP, Radford et al. 2021, section 2.5)."""
 
     reads = "embeddings"
+
+    @staticmethod
+    def learns_from(modalities: Collection[str]) -> bool:
+        """It compares two modalities."""
+        return len(modalities) >= 2
 
     def __init__(self, config: ContrastiveConfig, encoder: Encoder) -> None:
         super().__init__()

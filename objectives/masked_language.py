@@ -1,5 +1,6 @@
 """Masked-language modelling, conditioned on whatever else the joint pass saw."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,11 @@ class MaskedLanguage(nn.Module):
     """RoBERTa's language-model head: dense, GELU, LayerNorm, and the input embedding as output matrix."""
 
     reads = "joint"
+
+    @staticmethod
+    def learns_from(modalities: Collection[str]) -> bool:
+        """It predicts text."""
+        return "text" in modalities
 
     def __init__(self, config: MaskedLanguageConfig, encoder: Encoder) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Masked-region modelling: predict hidden patches of images and spectrograms from the visible ones."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from objectives.masking import PatchSplit
 from objectives.passes import Passes
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import LAYER_NORM_EPS, Block, gather_tokens, init_weights
-from pretrain.model.tokenizers import PatchTokenizer
+from pretrain.model.tokenizers import TOKENIZERS, PatchTokenizer
 
 
 @dataclass
@@ -40,6 +41,11 @@ class MaskedRegion(nn.Module):
     """A light decoder per modality made of patches (MAE, He et al. 2022, section 3)."""
 
     reads = "joint"
+
+    @staticmethod
+    def learns_from(modalities: Collection[str]) -> bool:
+        """It predicts what is made of patches."""
+        return any(issubclass(TOKENIZERS[name], PatchTokenizer) for name in modalities)
 
     def __init__(self, config: MaskedRegionConfig, encoder: Encoder) -> None:
         super().__init__()

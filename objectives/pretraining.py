@@ -17,7 +17,8 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
-# class says which passes it `reads`, "embeddings" or "joint"; passes that nobody reads are not made.
+# class says which modalities it `learns_from` and which passes it `reads`, "embeddings" or "joint"; passes that nobody
+# reads are not made.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
     "masked_language": MaskedLanguage,

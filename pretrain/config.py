@@ -15,7 +15,7 @@ from data.errors import UserError
 from data.stream import DataConfig
 from data.text import TokenizerConfig
 from eval.run import EvalConfig
-from objectives.pretraining import ObjectivesConfig
+from objectives.pretraining import OBJECTIVES, ObjectivesConfig
 from pretrain.model.tokenizers import ModelConfig
 
 
@@ -106,15 +106,11 @@ class Config:
         if self.eval.label is not None and not (self.data.val and self.data.test):
             raise ValueError(f"eval.label={self.eval.label} needs data.val and data.test; null skips the evaluation")
         used = self.data.views.used
-        fed = {
-            "contrastive": len(used) >= 2,
-            "masked_language": "text" in used,
-            "masked_region": bool({"image", "audio"} & set(used)),
-        }
-        if not any(fed[name] and getattr(self.objectives, name).weight > 0 for name in fed):
+        active = [name for name in OBJECTIVES if getattr(self.objectives, name).weight > 0]
+        if not any(OBJECTIVES[name].learns_from(used) for name in active):
             raise ValueError(
-                f"data.views has {', '.join(used)}, and no objective of weight above 0 learns from that: contrastive "
-                "needs two modalities, masked_language text, masked_region image or audio"
+                f"data.views has only {', '.join(used)}, from which none of the objectives of weight above 0 "
+                f"({', '.join(active)}) learns"
             )
         if self.tokenizer.name is None and self.tokenizer.train is None:
             raise ValueError("tokenizer: give name (a folder or hub id) or train (a vocabulary size)")

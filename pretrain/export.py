@@ -88,7 +88,7 @@ def check_replaceable(folder: Path) -> None:
         ExportError: the folder has files, but no model among them.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.exists() and names and not {"config.json", "model.safetensors"} <= names:
+    if names and not {"config.json", "model.safetensors"} <= names:
         raise ExportError(f"{folder} holds files that are no export: choose another folder")
 
 
@@ -191,8 +191,6 @@ EXPORTS: dict[str, Callable[[Encoder, PreTrainedTokenizerBase, Path], None]] = {
     "text": export_text,
     "audio": export_audio,
 }
-# Name of the stock model's input.
-STOCK_INPUT = {"image": "pixel_values", "text": "input_ids", "audio": "input_values"}
 
 
 def verify(encoder: Encoder, modality: str, folder: Path) -> None:
@@ -209,7 +207,7 @@ def verify(encoder: Encoder, modality: str, folder: Path) -> None:
         raise ExportError(f"{folder}: the saved {modality} model does not load whole: {problems}")
     # In float64 a difference is a mistake, however deep the model; in float32 it may be rounding.
     model, encoder = model.double(), copy.deepcopy(encoder).double()
-    field, inputs = _random_input(encoder, modality)
+    field, inputs = _random_input(encoder, modality, model.main_input_name)
     with torch.inference_mode():
         states = encoder.encode(modality, field)
         features = encoder.pool(modality, states)
@@ -221,17 +219,17 @@ def verify(encoder: Encoder, modality: str, folder: Path) -> None:
             raise ExportError(f"{folder}: {name} of the saved {modality} model differs by {difference:.1e}")
 
 
-def _random_input(encoder: Encoder, modality: str) -> tuple[Field, dict[str, Tensor]]:
+def _random_input(encoder: Encoder, modality: str, input_name: str) -> tuple[Field, dict[str, Tensor]]:
     """Two random inputs, as a Field and as keyword arguments of the stock model."""
     generator = torch.Generator().manual_seed(0)
     rows, tokenizer = torch.arange(2), _part(encoder, f"tokenizers.{modality}")
     if isinstance(tokenizer, PatchTokenizer):
         x = torch.rand((2, *tokenizer.input_shape), generator=generator, dtype=torch.float64) * 2 - 1
-        return Field(x, rows), {STOCK_INPUT[modality]: x}
+        return Field(x, rows), {input_name: x}
     ids = torch.randint(encoder.vocabulary.size, (2, tokenizer.max_tokens), generator=generator)
     # No padding within: the stock class would take its positions from the ids, not from the mask.
     ids = ids.masked_fill(ids == encoder.vocabulary.pad_id, encoder.vocabulary.mask_id)
-    return Field(ids, rows), {STOCK_INPUT[modality]: ids, "attention_mask": torch.ones_like(ids)}
+    return Field(ids, rows), {input_name: ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _common(encoder: Encoder) -> dict[str, Any]:

@@ -264,3 +264,18 @@ def test_the_digits_recipe_asks_for_what_the_digits_are() -> None:
     assert config.data.embedded == "digits"
     assert tuple(config.eval.classes) == CLASS_NAMES
     assert tuple(config.eval.templates) == TEMPLATES
+
+
+@pytest.mark.parametrize(
+    ("absent", "off", "left"),
+    [
+        (("image", "audio"), "masked_language", "text"),
+        (("image", "text"), "masked_region", "audio"),
+        (("text", "audio"), "masked_region", "image"),
+    ],
+)
+def test_modalities_that_no_objective_learns_from_are_refused(absent: tuple[str, ...], off: str, left: str) -> None:
+    views = [f"data.views.{name}=null" for name in absent]
+    with pytest.raises(ConfigError, match=rf"only {left}, from which none of the objectives"):
+        load_config(DIGITS, [*views, f"objectives.{off}.weight=0"])
+    assert list(load_config(DIGITS, views).data.views.used) == [left]
