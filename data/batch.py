@@ -1,6 +1,6 @@
 """The only types that cross folder borders: a Batch holds one Field per modality that is present."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ class Field(NamedTuple):
         rows: (n,) int64, ascending: the row of each entry in the batch. Always on the CPU, so that asking who has
             what never waits for the device.
         valid: (n, L) bool, False where ``x`` is padding; None where nothing is padded.
+        cut: how many of the n were longer than their view and lost the rest; None where none ever is.
     """
 
     x: Tensor
     rows: Tensor
     valid: Tensor | None = None
+    cut: int | None = None
 
     def select(self, index: Tensor) -> "Field":
         """The entries at ``index`` (k,) int64 on the CPU, ascending."""
@@ -37,20 +39,25 @@ class Batch(NamedTuple):
         fields: modality name -> Field. A modality that no sample has is absent.
         size: number of samples (rows).
         keys: the key of each row, in order.
+        seeds: (size,) int64, one random seed per row for the augmentation on the device; on the CPU until ``to``.
+            None in evaluation: no augmentation.
+        skipped: samples that could not be used and were replaced, see ``data.skips.Skipped``.
     """
 
     fields: dict[str, Field]
     size: int
     keys: list[str]
+    seeds: Tensor | None = None
+    skipped: tuple[Any, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its values on ``device``."""
+        """The same batch with its values and seeds on ``device``."""
         fields = {
-            name: Field(
-                field.x.to(device, non_blocking=True),
-                field.rows,
-                None if field.valid is None else field.valid.to(device, non_blocking=True),
+            name: field._replace(
+                x=field.x.to(device, non_blocking=True),
+                valid=None if field.valid is None else field.valid.to(device, non_blocking=True),
             )
             for name, field in self.fields.items()
         }
-        return self._replace(fields=fields)
+        seeds = None if self.seeds is None else self.seeds.to(device, non_blocking=True)
+        return self._replace(fields=fields, seeds=seeds)

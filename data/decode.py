@@ -1,14 +1,23 @@
 """Bytes of one member of a shard -> image, text, waveform or metadata; only formats on the list, within limits."""
 
+import importlib
+import importlib.util
 import io
 import json
+import struct
 import warnings
+import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+# libjpeg-turbo without Pillow's detour through its own image: the optional extra `fast`. The pixels are the same to
+# the bit without it.
+simplejpeg: Any = importlib.import_module("simplejpeg") if importlib.util.find_spec("simplejpeg") else None
 
 # Extension of a member -> what it holds. Anything else in a shard is left unread.
 MODALITIES: dict[str, str] = {
@@ -25,15 +34,43 @@ METADATA = "json"
 
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 _SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+MAX_MEMBER_BYTES = 256_000_000
 MAX_PIXELS = 64_000_000
+MAX_TEXT_BYTES = 1_000_000
 MAX_AUDIO_SECONDS = 600.0
 MAX_AUDIO_VALUES = 60_000_000  # samples times channels: ten minutes of stereo at 48 kHz
-MAX_MEMBER_BYTES = 256_000_000
-MAX_TEXT_BYTES = 1_000_000
+
+# A WAV written to a pipe announces the largest size there is, or one near it (SoX: 0x7FFFF000), or 0.
+_STREAMING = 0x7FFF0000
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class DecodeError(ValueError):
-    """A member that can't be decoded or exceeds a limit."""
+    """A member that can't be used. The name of its subclass is what gets counted."""
+
+
+class ImageError(DecodeError):
+    """An image that can't be decoded."""
+
+
+class TextError(DecodeError):
+    """A text that can't be decoded."""
+
+
+class AudioError(DecodeError):
+    """A sound that can't be decoded, or not to its end."""
+
+
+class MetadataError(DecodeError):
+    """Metadata that are no JSON object."""
+
+
+class LimitError(DecodeError):
+    """More bytes, pixels, seconds or values than are allowed."""
+
+
+class EmptyError(DecodeError):
+    """Nothing in it: no bytes, no sound, or a text of white space."""
 
 
 class Waveform(NamedTuple):
@@ -48,94 +85,254 @@ class Waveform(NamedTuple):
     rate: int
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """An RGB image; transparency is laid on white.
+def check_size(size: int) -> None:
+    """Refuse a member of ``size`` bytes that is empty or too large; every decoder does so first.
 
     Raises:
-        DecodeError: not a JPEG, PNG or WebP, damaged, or more than ``MAX_PIXELS`` pixels.
+        EmptyError: no bytes.
+        LimitError: more than ``MAX_MEMBER_BYTES``.
     """
+    if size == 0:
+        raise EmptyError("0 bytes")
+    if size > MAX_MEMBER_BYTES:
+        raise LimitError(f"{size} bytes: at most {MAX_MEMBER_BYTES} are allowed")
+
+
+def decode_image(data: bytes, at_least: int | None = None) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 3) in RGB; transparency is laid on white, and the image is turned as its EXIF data say.
+
+    Args:
+        data: a JPEG, PNG or WebP.
+        at_least: a JPEG may come out at 1/2, 1/4 or 1/8 of its size, which is faster, but never with a side below
+            this many pixels; None gives every image in full.
+
+    Raises:
+        ImageError: not a JPEG, PNG or WebP, or damaged.
+        LimitError: more than ``MAX_PIXELS`` pixels, seen before they are decoded.
+        EmptyError: no bytes.
+    """
+    check_size(len(data))
     try:
         with warnings.catch_warnings():
-            # Pillow's own bomb check only warns at our sizes; ours, below, is an error before decoding.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"image of {image.width}x{image.height}: at most {MAX_PIXELS} pixels are allowed")
-        if image.mode.startswith("I"):
-            # 16-bit grey: Pillow would clip it at 255, and nearly all of it would be white.
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            return Image.alpha_composite(white, rgba).convert("RGB")
-        return image.convert("RGB")
+            # Pillow warns of large images, which our own limit judges, and of EXIF data that it can't read.
+            warnings.simplefilter("ignore")
+            pixels = _fast_jpeg(data, at_least)
+            if pixels is None:
+                return _by_pillow(data, at_least)
+            if b"Exif\0\0" not in data:
+                return pixels
+            return _upright(pixels, _orientation(_open(data)))
     except DecodeError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, for sizes far above ours
+        raise LimitError(f"image of {len(data)} bytes: {error}") from error
     except UnidentifiedImageError as error:  # Pillow's message names only an object in memory
-        raise DecodeError(
-            f"image of {len(data)} bytes: no image of the formats {', '.join(_PILLOW_FORMATS)}"
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image of {len(data)} bytes: no image of the formats {', '.join(_PILLOW_FORMATS)}") from error
+    except (OSError, SyntaxError, ValueError) as error:
         # Pillow raises SyntaxError or ValueError for some broken PNGs.
-        raise DecodeError(f"image of {len(data)} bytes: {error}") from error
+        raise ImageError(f"image of {len(data)} bytes: {error}") from error
+
+
+def _fast_jpeg(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8] | None:
+    """Pixels of a plain JPEG as it is stored; None where Pillow must decide."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError):  # the latter for 4:4:1 chroma, of which it has no name
+        return None
+    _check_pixels(width, height)
+    if colours not in ("RGB", "YCbCr", "Gray"):  # CMYK, of which Pillow knows the inverted kind
+        return None
+    # The factors that Pillow knows, too, though there are others: so both give the same pixels.
+    fits = 1 if at_least is None else min(width // at_least, height // at_least)
+    factor = next(factor for factor in (8, 4, 2, 1) if factor <= max(fits, 1))
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, min_height=-(-height // factor), min_width=-(-width // factor)
+        )
+    except ValueError:  # an error, or no more than a warning, with which Pillow may decode it
+        return None
+    return pixels
+
+
+def _by_pillow(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8]:
+    image = _open(data)
+    _check_pixels(*image.size)
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))  # JPEG only: never smaller than asked for
+    rgb: Image.Image = image
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow would clip it at 255, and nearly all of it would be white.
+        rgb = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = rgb.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    pixels = np.array(rgb if rgb.mode == "RGB" else rgb.convert("RGB"))
+    return _upright(pixels, _orientation(image))
+
+
+def _open(data: bytes) -> Image.Image:
+    """Only the header is read."""
+    return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise LimitError(f"image of {width}x{height}: at most {MAX_PIXELS} pixels are allowed")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged, as viewers do."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, OSError, struct.error):
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """Undo the orientation that a camera wrote."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 text without surrounding white space.
+    """UTF-8 text without byte order mark and surrounding white space.
 
     Raises:
-        DecodeError: not UTF-8, or more than ``MAX_TEXT_BYTES`` bytes.
+        TextError: not UTF-8.
+        LimitError: more than ``MAX_TEXT_BYTES`` bytes.
+        EmptyError: nothing but white space.
     """
+    check_size(len(data))
     if len(data) > MAX_TEXT_BYTES:
-        raise DecodeError(f"text of {len(data)} bytes: at most {MAX_TEXT_BYTES} are allowed")
+        raise LimitError(f"text of {len(data)} bytes: at most {MAX_TEXT_BYTES} are allowed")
     try:
-        return data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise DecodeError(f"text is not UTF-8: {error}") from error
+        raise TextError(f"text is not UTF-8: {error}") from error
+    if not text:
+        raise EmptyError("text of white space only")
+    return text
 
 
 def decode_audio(data: bytes) -> Waveform:
     """A waveform at its own rate, channels averaged to mono.
 
+    A WAV whose header leaves the length open, as one written to a pipe does, is as long as it is.
+
     Raises:
-        DecodeError: not WAV, FLAC or Ogg, damaged, empty, or over ``MAX_AUDIO_SECONDS`` or
-            ``MAX_AUDIO_VALUES``.
+        AudioError: not WAV, FLAC or Ogg, damaged, or shorter than it announces.
+        LimitError: over ``MAX_AUDIO_SECONDS`` or ``MAX_AUDIO_VALUES``, seen before it is decoded.
+        EmptyError: no samples.
     """
+    check_size(len(data))
+    if not data.startswith((b"RIFF", b"RIFX", b"fLaC", b"OggS")):  # libsndfile would try many other formats
+        raise AudioError(f"audio of {len(data)} bytes: no sound of the formats WAV, FLAC, Ogg")
+    if data.startswith(b"RIF"):
+        data = _whole_wav(data)
+    if data.startswith(b"OggS"):
+        _check_ogg(data)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
             if sound.format not in _SOUND_FORMATS:
-                raise DecodeError(f"audio in format {sound.format}: allowed are {', '.join(_SOUND_FORMATS)}")
+                raise AudioError(f"audio in format {sound.format}: allowed are {', '.join(_SOUND_FORMATS)}")
+            if sound.frames == 0:
+                raise EmptyError("audio without samples")
+            if sound.frames == np.iinfo(np.int64).max:  # a FLAC written to a pipe, whose end libsndfile misses
+                raise AudioError("audio announces no length")
             seconds = sound.frames / sound.samplerate
             if seconds > MAX_AUDIO_SECONDS:
-                raise DecodeError(f"audio of {seconds:.0f} s: at most {MAX_AUDIO_SECONDS:.0f} s are allowed")
+                raise LimitError(f"audio of {seconds:.0f} s: at most {MAX_AUDIO_SECONDS:.0f} s are allowed")
             if sound.frames * sound.channels > MAX_AUDIO_VALUES:
-                raise DecodeError(
+                raise LimitError(
                     f"audio of {sound.frames} samples in {sound.channels} channels: at most {MAX_AUDIO_VALUES} "
                     "values are allowed"
                 )
-            samples = sound.read(dtype="float32", always_2d=True)
-            if len(samples) != sound.frames or len(samples) == 0:
-                raise DecodeError(f"audio holds {len(samples)} of {sound.frames} announced samples")
+            samples = sound.read(sound.frames, dtype="float32", always_2d=True)
+            if len(samples) != sound.frames:
+                raise AudioError(f"audio holds {len(samples)} of {sound.frames} announced samples")
             if not np.isfinite(samples).all():
-                raise DecodeError("audio holds samples that are not finite")
+                raise AudioError("audio holds samples that are not finite")
             return Waveform(samples.mean(axis=1, dtype=np.float32), sound.samplerate)
     except soundfile.LibsndfileError as error:
-        raise DecodeError(f"audio of {len(data)} bytes: {error}") from error
+        raise AudioError(f"audio of {len(data)} bytes: {error}") from error
+
+
+def _whole_wav(data: bytes) -> bytes:
+    """The WAV, with an open length marked as libsndfile knows it.
+
+    Raises:
+        AudioError: fewer bytes of sound than the header announces, of which libsndfile says nothing.
+    """
+    order = "<" if data.startswith(b"RIFF") else ">"
+    at = 12
+    while at + 8 <= len(data):
+        name, size = struct.unpack_from(f"{order}4sI", data, at)
+        if name != b"data":
+            at += 8 + size + size % 2
+            continue
+        there = len(data) - at - 8
+        (whole,) = struct.unpack_from(f"{order}I", data, 4)
+        if size == 0 and there > 0 and whole != len(data) - 8:  # left open, not an empty sound before other chunks
+            return data[: at + 4] + b"\xff" * 4 + data[at + 8 :]
+        if there < size < _STREAMING:
+            raise AudioError(f"audio holds {there} of {size} announced bytes")
+        return data
+    raise AudioError(f"audio of {len(data)} bytes: a WAV that ends before its sound")
+
+
+def _check_ogg(data: bytes) -> None:
+    """Every page is whole and the last one is the end: libsndfile skips others in silence.
+
+    Raises:
+        AudioError: pages that are damaged or missing, or a second sound behind the first.
+    """
+    at, flags = 0, 0
+    numbers: dict[int, int] = {}  # of the last page, per stream
+    while data.startswith(b"OggS", at) and len(data) >= at + 27:
+        if data[at + 5] & 2 and flags & 4:  # a stream that begins after one has ended
+            raise AudioError("audio of several sounds, one behind the other")
+        flags = data[at + 5]
+        stream, number = struct.unpack_from("<II", data, at + 14)
+        if number != numbers.get(stream, -1) + 1:
+            raise AudioError(f"audio of {len(data)} bytes: Ogg pages are missing before byte {at}")
+        numbers[stream] = number
+        segments = data[at + 27 : at + 27 + data[at + 26]]
+        page = data[at : at + 27 + len(segments) + sum(segments)]
+        # Ogg's CRC-32 takes the bits of each byte in the other order than zlib's, and neither inverts.
+        mirrored = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
+        crc = zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF
+        if crc.to_bytes(4, "big").translate(_MIRRORED) != page[22:26]:
+            raise AudioError(f"audio of {len(data)} bytes: the Ogg page at byte {at} is damaged or cut off")
+        at += len(page)
+    if not flags & 4:
+        raise AudioError(f"audio of {len(data)} bytes: the Ogg pages end at byte {at} without a last one")
 
 
 def decode_metadata(data: bytes) -> dict[str, Any]:
     """The sample's ``.json`` member.
 
     Raises:
-        DecodeError: not a JSON object in UTF-8.
+        MetadataError: not a JSON object in UTF-8.
+        EmptyError: no bytes.
     """
+    check_size(len(data))
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:  # the latter from deep nesting
-        raise DecodeError(f"metadata is not JSON: {error}") from error
+        raise MetadataError(f"metadata is not JSON: {error}") from error
     if not isinstance(metadata, dict):
-        raise DecodeError(f"metadata is a JSON {type(metadata).__name__}: an object is needed")
+        raise MetadataError(f"metadata is a JSON {type(metadata).__name__}: an object is needed")
     return metadata
 
 
-DECODERS = {"image": decode_image, "text": decode_text, "audio": decode_audio}
+DECODERS: dict[str, Callable[[bytes], Any]] = {"image": decode_image, "text": decode_text, "audio": decode_audio}

@@ -1,4 +1,11 @@
-"""One index per shard, ``<shard>.tar.index.json`` beside it: where each sample's bytes lie in the tar."""
+"""One index per shard, ``<shard>.tar.index.jsonl`` beside it: where each sample's bytes lie in the tar.
+
+The first line says what the shard is, and is all that a run reads of it when it starts; then a line per sample:
+
+    {"schema": 2, "size": 10240, "sha256": "...", "samples": 2, "members": {"jpg": 2, "txt": 1}}
+    ["cats/0001", {"jpg": [512, 1730], "txt": [3072, 9]}]
+    ["cats/0002", {"jpg": [4096, 1811]}]
+"""
 
 import errno
 import glob
@@ -8,20 +15,25 @@ import os
 import re
 import tarfile
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
 
+from data.cache import Cache
 from data.errors import UserError
+from data.fetch import check_url, expand, is_url, masked, open_binary, read_file, size_of
 
-SUFFIX = ".index.json"
-_SCHEMA = 1
+SUFFIX = ".index.jsonl"
+MAX_INDEX_BYTES = 1 << 30  # ten million samples
+_SCHEMA = 2
 _BLOCK = 512
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -42,52 +54,89 @@ class Sample(NamedTuple):
     members: dict[str, tuple[int, int]]
 
 
+class Shard(NamedTuple):
+    """What the first line of a shard's index says.
+
+    Attributes:
+        location: path or URL of the tar.
+        size: bytes of the tar.
+        sha256: hex digest of the tar.
+        samples: how many there are; at least one.
+        members: extension -> how many samples have it.
+    """
+
+    location: str
+    size: int
+    sha256: str
+    samples: int
+    members: dict[str, int]
+
+
 class ShardIndex(NamedTuple):
     """All samples of one shard, in the tar's order.
 
     Attributes:
-        path: the tar.
+        location: path or URL of the tar.
         size: bytes of the tar.
         sha256: hex digest of the tar.
         samples: at least one.
     """
 
-    path: Path
+    location: str
     size: int
     sha256: str
     samples: list[Sample]
 
+    @property
+    def shard(self) -> Shard:
+        """The summary that stands in the first line."""
+        members = Counter(extension for sample in self.samples for extension in sample.members)
+        return Shard(self.location, self.size, self.sha256, len(self.samples), dict(sorted(members.items())))
 
-def index_path(path: Path) -> Path:
-    """Where the index of the shard ``path`` lies."""
-    return path.with_name(path.name + SUFFIX)
+
+def index_path(path: Path | str) -> Path:
+    """Where the index of the local shard ``path`` lies."""
+    return Path(f"{path}{SUFFIX}")
 
 
-def build_index(path: Path) -> ShardIndex:
+def build_index(location: Path | str) -> ShardIndex:
     """Index a tar from its headers, and hash it.
 
     Members are grouped by WebDataset's rule: consecutive ones with the same path up to the first dot of the
     file name are a sample, the rest of the name in lower case is the extension. Folders, hidden files, names
     without an extension and WebDataset's ``__meta__`` names belong to no sample.
 
+    Args:
+        location: path or URL; of a URL all bytes are read once.
+
     Raises:
         ShardError: the file is missing, compressed, truncated or damaged, holds no sample, holds a link, device
             or sparse file, or has a sample whose members are repeated or do not lie together.
+        FetchError: a URL that can't be read.
     """
+    location = str(location)
+    if not is_url(location) and Path(location).is_dir():
+        raise ShardError(f"{masked(location)}: a folder, not a shard")
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            samples = _scan(path, file, size)
+        with open_binary(location) as file:
+            size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            samples = _scan(masked(location), file, size)
+            file.seek(0)
+            sha256 = _sha256(file)
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such shard") from error
-    except IsADirectoryError as error:
-        raise ShardError(f"{path}: a folder, not a shard") from error
-    return ShardIndex(path, size, sha256, samples)
+        raise ShardError(f"{masked(location)}: no such shard") from error
+    return ShardIndex(location, size, sha256, samples)
 
 
-def _scan(path: Path, file: BinaryIO, size: int) -> list[Sample]:
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _scan(path: str, file: BinaryIO, size: int) -> list[Sample]:
     """Read the headers of a tar of ``size`` bytes."""
     start = file.read(6)
     for magic, name in _COMPRESSED.items():
@@ -109,7 +158,9 @@ def _scan(path: Path, file: BinaryIO, size: int) -> list[Sample]:
                         f"{member.name!r} reaches to byte {member.offset_data + member.size}"
                     )
                 _add(path, member, samples, seen)
-    except tarfile.TarError as error:
+    except ShardError:
+        raise
+    except (tarfile.TarError, ValueError) as error:  # the latter from malformed extended headers
         raise ShardError(f"{path}: truncated or damaged at byte {end}: {error}") from error
     _check_end(path, file, end)
     if not samples:
@@ -117,7 +168,7 @@ def _scan(path: Path, file: BinaryIO, size: int) -> list[Sample]:
     return samples
 
 
-def _add(path: Path, member: tarfile.TarInfo, samples: list[Sample], seen: set[str]) -> None:
+def _add(path: str, member: tarfile.TarInfo, samples: list[Sample], seen: set[str]) -> None:
     """Append ``member`` to the last of ``samples``, or to a new one."""
     where = f"{path}: {member.name!r} at byte {member.offset}"
     if member.isdir():
@@ -138,7 +189,7 @@ def _add(path: Path, member: tarfile.TarInfo, samples: list[Sample], seen: set[s
     samples[-1].members[extension] = (member.offset_data, member.size)
 
 
-def _check_end(path: Path, file: BinaryIO, end: int) -> None:
+def _check_end(path: str, file: BinaryIO, end: int) -> None:
     """Refuse a tar that does not end at ``end`` with two blocks of zeros and nothing but zeros after them.
 
     tarfile takes a damaged header, a cut between two members and a zeroed stretch for the end of the archive,
@@ -157,14 +208,19 @@ def _check_end(path: Path, file: BinaryIO, end: int) -> None:
         raise ShardError(f"{path}: truncated or damaged at byte {position}: no end-of-archive blocks")
 
 
-def write_index(index: ShardIndex) -> None:
-    """Write ``index`` beside its shard, replacing an older one in a single step.
+def write_index(index: ShardIndex, beside: Path | None = None) -> None:
+    """Write ``index`` beside its shard, or to the file ``beside``, replacing an older one in a single step.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    document = {"schema": _SCHEMA, "size": index.size, "sha256": index.sha256, "samples": index.samples}
-    write_whole(index_path(index.path), json.dumps(document, separators=(",", ":")).encode() + b"\n")
+    write_whole(index_path(index.location) if beside is None else beside, _dump(index))
+
+
+def _dump(index: ShardIndex) -> bytes:
+    head = {"schema": _SCHEMA, **{key: value for key, value in index.shard._asdict().items() if key != "location"}}
+    lines = [json.dumps(line, separators=(",", ":")) for line in (head, *index.samples)]
+    return "\n".join([*lines, ""]).encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -182,101 +238,215 @@ def write_whole(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load_index(path: Path) -> ShardIndex:
-    """The index of the shard ``path``: read, or at first sight built and written beside it.
+def load_shard(location: Path | str, cache: Cache | None = None) -> Shard:
+    """What the index of a shard says of it as a whole; at first sight the index is built, and written beside it.
 
-    In a folder that cannot be written to, the new index is only returned.
+    In a folder that can't be written to, it is kept in memory. Indexes of URLs are kept in ``cache``.
 
     Raises:
-        ShardError: the shard is missing, cannot be indexed (see `build_index`) or has another size than when it
-            was indexed, or is newer than its index and has other content; or its index file is malformed or of
-            another schema.
+        ShardError: the shard is missing, cannot be indexed (see `build_index`), has another size than when it was
+            indexed, or is newer than its index and has other content; its index file is malformed or of another
+            schema; or a URL has no index and there is no cache to keep one in.
+        FetchError: a URL that can't be read.
     """
-    beside = index_path(path)
+    location = str(location)
+    where = _index_location(location, cache)
+    if location in _unwritable:
+        return _unwritable[location].shard
     try:
-        text = beside.read_bytes()
+        if is_url(where):
+            first = read_file(where, MAX_INDEX_BYTES).partition(b"\n")[0]
+        else:
+            with Path(where).open("rb") as file:
+                first = file.readline(MAX_INDEX_BYTES)
     except FileNotFoundError:
-        index = build_index(path)
-        try:
-            write_index(index)
-        except OSError as error:
-            if error.errno not in _READ_ONLY:
-                raise
-        return index
-    index = _parse(path, beside, text)
+        return _first_sight(location, cache).shard
+    except OSError as error:
+        raise ShardError(f"{where}: {error.strerror}") from error
+    shard = _parse_head(location, where, first)
+    _check_unchanged(shard, where)
+    return shard
+
+
+def load_shards(locations: Sequence[str], cache: Cache | None = None) -> list[Shard]:
+    """`load_shard` for many, several at a time, since remote ones take a round trip each."""
+    with ThreadPoolExecutor(16 if any(map(is_url, locations)) else 1) as pool:
+        return list(pool.map(lambda location: load_shard(location, cache), locations))
+
+
+def load_index(location: Path | str, cache: Cache | None = None) -> ShardIndex:
+    """The whole index of a shard: `load_shard`, with its samples. Raises what that raises."""
+    shard = load_shard(location, cache)
+    return ShardIndex(shard.location, shard.size, shard.sha256, load_samples(shard, cache))
+
+
+def load_samples(shard: Shard, cache: Cache | None = None) -> list[Sample]:
+    """The samples of a shard that `load_shard` gave.
+
+    Raises:
+        ShardError: its index was changed since, or is malformed.
+        FetchError: a URL that can't be read.
+    """
+    return [parse_sample(shard, line) for line in load_lines(shard, cache)]
+
+
+def load_lines(shard: Shard, cache: Cache | None = None) -> list[bytes]:
+    """The lines of a shard's index, one per sample, for `parse_sample`: the compact form in which many are kept.
+
+    Raises:
+        ShardError: its index was changed since, or is malformed.
+        FetchError: a URL that can't be read.
+    """
+    where = _index_location(shard.location, cache)
     try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such shard, though its index is there") from error
-    if size != index.size:
+        content = read_file(where, MAX_INDEX_BYTES)
+    except FileNotFoundError:
+        content = _dump(_unwritable.get(shard.location) or _first_sight(shard.location, cache))
+    lines = content.rstrip(b"\n").split(b"\n")
+    if _parse_head(shard.location, where, lines[0]) != shard:
+        raise ShardError(f"{masked(where)}: changed while it was in use")
+    if len(lines) != shard.samples + 1:
         raise ShardError(
-            f"{path}: changed since it was indexed: {index.size} bytes then, {size} now; "
-            f"if that is meant, delete {beside} to re-index"
+            f"{masked(where)}: malformed index ({len(lines) - 1} of {shard.samples} samples); delete it to re-index"
         )
-    # Tars are padded to whole records, so a shard that was written anew often has its old size.
-    if path.stat().st_mtime_ns > beside.stat().st_mtime_ns:
-        verify(index)
+    return lines[1:]
+
+
+def parse_sample(shard: Shard, line: bytes) -> Sample:
+    """One line of the shard's index.
+
+    Raises:
+        ShardError: malformed, or the sample reaches outside of the shard.
+    """
+    try:
+        key, members = json.loads(line)
+        # Once per sample that is read, so all in one expression.
+        spans = {extension: (offset, size) for extension, (offset, size) in members.items()}
+        for offset, size in spans.values():
+            if type(offset) is not int or type(size) is not int or not 0 <= offset <= offset + size <= shard.size:
+                raise ValueError(f"sample {key!r} reaches outside of the shard")
+        sample = Sample(str(key), spans)
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ShardError(
+            f"{masked(shard.location)}: malformed index ({error!r}); delete its {SUFFIX} file to re-index"
+        ) from error
+    return sample
+
+
+def _count(value: object) -> int:
+    """A whole number that JSON gave."""
+    if type(value) is not int or value < 0:  # a bool is an int, too
+        raise ValueError(f"{value!r} is no number of bytes or samples")
+    return value
+
+
+def _index_location(location: str, cache: Cache | None) -> str:
+    """Where the index of a shard lies: beside it; of a URL, a copy of that in the cache if there is one."""
+    # A URL may end in a query, which is no part of the file's name.
+    path, mark, query = location.partition("?") if is_url(location) else (location, "", "")
+    beside = f"{path}{SUFFIX}{mark}{query}"
+    if not is_url(location) or cache is None:
+        return beside
+    kept = cache.index_of(location)
+    if not kept.is_file():
+        with suppress(FileNotFoundError):  # it has none: one is made for the cache at first sight
+            write_whole(kept, read_file(beside, MAX_INDEX_BYTES))
+    return str(kept)
+
+
+# Indexes of shards in folders that can't be written to: scanning such a shard once is enough.
+_unwritable: dict[str, ShardIndex] = {}
+
+
+def _first_sight(location: str, cache: Cache | None) -> ShardIndex:
+    if is_url(location) and cache is None:
+        _size(location)
+        raise ShardError(
+            f"{masked(location)}: there is no {SUFFIX} file beside it: put one there (python -m data index makes it "
+            "beside a local copy), or set data.cache to a folder, where it is made and kept"
+        )
+    index = build_index(location)
+    try:
+        write_index(index, None if cache is None or not is_url(location) else cache.index_of(location))
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        _unwritable[location] = index
     return index
 
 
-def _parse(path: Path, beside: Path, text: bytes) -> ShardIndex:
-    """The index that the file ``beside`` holds as ``text``."""
+def _parse_head(location: str, where: str, line: bytes) -> Shard:
+    """The first line of the index at ``where``."""
     try:
-        document = json.loads(text)
-        if document["schema"] != _SCHEMA:
+        head = json.loads(line)
+        if head["schema"] != _SCHEMA:
             raise ShardError(
-                f"{beside}: schema {document['schema']!r}, this version reads {_SCHEMA}; delete it to re-index"
+                f"{masked(where)}: schema {head['schema']!r}, this version reads {_SCHEMA}; delete it to re-index"
             )
-        size, sha256 = int(document["size"]), str(document["sha256"])
-        samples = [
-            Sample(key, {extension: (int(offset), int(length)) for extension, (offset, length) in members.items()})
-            for key, members in document["samples"]
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{beside}: malformed index ({error!r}); delete it to re-index") from error
-    for sample in samples:
-        for offset, length in sample.members.values():
-            if offset < 0 or length < 0 or offset + length > size:
-                raise ShardError(
-                    f"{beside}: malformed index (sample {sample.key!r} reaches outside of the shard); "
-                    "delete it to re-index"
-                )
-    return ShardIndex(path, size, sha256, samples)
+        members = {extension: _count(count) for extension, count in head["members"].items()}
+        if _count(head["samples"]) == 0:
+            raise ValueError("no samples")
+        return Shard(location, _count(head["size"]), str(head["sha256"]), head["samples"], members)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{masked(where)}: malformed index ({error!r}); delete it to re-index") from error
 
 
-def verify(index: ShardIndex) -> None:
+def _size(location: str) -> int:
+    try:
+        return size_of(location)
+    except FileNotFoundError as error:
+        raise ShardError(f"{masked(location)}: no such shard") from error
+
+
+def _check_unchanged(shard: Shard, where: str) -> None:
+    """Refuse a tar that is not the one that was indexed."""
+    size = _size(shard.location)
+    if size != shard.size:
+        raise ShardError(
+            f"{masked(shard.location)}: changed since it was indexed: {shard.size} bytes then, {size} now; "
+            f"if that is meant, delete {masked(where)} to re-index"
+        )
+    # Tars are padded to whole records, so a shard that was written anew often has its old size.
+    if not is_url(shard.location) and Path(shard.location).stat().st_mtime_ns > Path(where).stat().st_mtime_ns:
+        verify(shard)
+
+
+def verify(index: Shard | ShardIndex) -> None:
     """Hash the shard again.
 
     Raises:
         ShardError: the shard is missing, or its bytes are not those that were indexed.
     """
     try:
-        with index.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_binary(index.location) as file:
+            sha256 = _sha256(file)
     except FileNotFoundError as error:
-        raise ShardError(f"{index.path}: no such shard") from error
+        raise ShardError(f"{masked(index.location)}: no such shard") from error
     if sha256 != index.sha256:
-        raise ShardError(f"{index.path}: sha256 is {sha256}, but {index.sha256} was indexed")
+        raise ShardError(f"{masked(index.location)}: sha256 is {sha256}, but {index.sha256} was indexed")
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """The shards that paths, globs (``train-*.tar``) or brace ranges (``train-{00000..00003}.tar``) name.
+def find_shards(patterns: Sequence[str]) -> list[str]:
+    """The shards that paths, globs (``train-*.tar``), brace ranges (``train-{00000..00003}.tar``) or URLs name.
 
     Returns:
-        Paths, sorted within a pattern, in the order of the patterns.
+        Paths and URLs, sorted within a pattern, in the order of the patterns.
 
     Raises:
-        ShardError: a path or glob (each one that braces expand to) matches no file, two of them match the same
-            file, or a pattern is a URL or a pipe.
+        ShardError: a path or glob (each one that braces expand to) matches no file, or two of them match the same
+            file.
+        FetchError: a URL that names nothing, or of a kind that is not allowed (``pipe:``, for one).
         TypeError: ``patterns`` is a single string.
     """
     if isinstance(patterns, str):
         raise TypeError(f"patterns must be a list of strings, not the string {patterns!r}")
-    matched_by: dict[Path, str] = {}
-    shards: list[Path] = []
+    matched_by: dict[str, str] = {}
+    shards: list[str] = []
     for pattern in patterns:
         for shard in _match(pattern):
-            real = shard.resolve()
+            real = shard if is_url(shard) else str(Path(shard).resolve())
             if real in matched_by:
                 raise ShardError(f"{shard}: named twice, by {matched_by[real]!r} and by {pattern!r}")
             matched_by[real] = pattern
@@ -284,26 +454,28 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
     return shards
 
 
-def _match(pattern: str) -> list[Path]:
+def _match(pattern: str) -> list[str]:
     """The shards that one pattern names, sorted."""
-    if _URL.match(pattern):
-        raise ShardError(f"{pattern}: only local paths are supported; download the shards first")
-    if Path(pattern).is_file():  # a name with brackets or braces in it is still a name
-        return [Path(pattern)]
+    if is_url(pattern) or pattern.startswith("pipe:"):
+        check_url(pattern)
+    elif Path(pattern).is_file():  # a name with brackets or braces in it is still a name
+        return [pattern]
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
         raise ShardError(f"{pattern}: {error}") from error
-    return sorted(shard for name in names for shard in _glob(name))
+    return sorted(shard for name in names for shard in (expand(name) if is_url(name) else _glob(name)))
 
 
-def _glob(name: str) -> list[Path]:
+def _glob(name: str) -> list[str]:
     """The files that a path or a glob names."""
     if Path(name).is_file():
-        return [Path(name)]
+        return [name]
     # Not Path.glob, whose "*" also matches hidden names: half-written files and folders have those.
-    hits = [Path(hit) for hit in glob.glob(name, recursive=True)]  # noqa: PTH207
-    shards = [hit for hit in hits if hit.is_file() and not hit.name.endswith(SUFFIX)]
+    hits = glob.glob(name, recursive=True)  # noqa: PTH207
+    shards = [hit for hit in hits if Path(hit).is_file() and not hit.endswith(SUFFIX)]
+    if name and Path(name).is_dir():  # the empty path is the working folder
+        raise ShardError(f"{name}: a folder; name the shards in it, such as '{name.rstrip('/')}/*.tar'")
     if not shards:
         raise ShardError(f"{name}: no such shard; looked in {Path(name).parent.absolute()}")
     return shards

@@ -1,26 +1,60 @@
-"""The iterable: order -> read -> decode -> view -> collate. Batches of one source, in an order fixed by the seed."""
+"""The iterable: order -> read -> decode -> view -> batch, the same batches for any number of ranks and workers."""
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from data.batch import Batch, Field
-from data.decode import DECODERS, MAX_MEMBER_BYTES, METADATA, MODALITIES, DecodeError, decode_metadata
+from data.batch import Batch
+from data.batches import Row, collate, read_ahead
+from data.cache import Cache
+from data.decode import MODALITIES
 from data.errors import UserError
-from data.index import ShardIndex
-from data.order import Order
+from data.index import find_shards, load_shards, write_whole
+from data.order import Order, Slot, Supply
+from data.skips import Skipped, Skips, StreamError, share
+from data.source import SampleError, Source
 from data.transforms import Views
 
-# Several windows of shards; a process may often open no more than 1024 files.
-MAX_OPEN_FILES = 64
+STATE = "stream.json"
+_SCHEMA = 1
+# So many samples of a lane in a row that can't be used are no accident.
+MAX_REPLACEMENTS = 1000
+
+
+@dataclass
+class SourceConfig:
+    """One of the sources that training mixes."""
+
+    shards: list[str] = field(default_factory=list)
+    """Paths, globs (train-*.tar), ranges (train-{00000..00009}.tar) or URLs (s3://, gs://, hf://, https://)."""
+    weight: float | None = None
+    """Share of the rows, relative to the other sources' weights; null for all: as many as they have samples."""
+    max_epochs: int | None = None
+    """Passes over this source after which the others go on without it; null: no end."""
+    require: list[str] = field(default_factory=list)
+    """Modalities without which a sample is skipped and counted; empty: one of any is enough."""
+
+    def check(self, name: str) -> None:
+        """Raise ValueError for what is out of bounds in the source ``name``, which only its mapping knows."""
+        if not self.shards:
+            raise ValueError(f"data.train.{name}.shards is empty: a source has no shards")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"data.train.{name}.weight={self.weight}: allowed is above 0, or null")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ValueError(f"data.train.{name}.max_epochs={self.max_epochs}: allowed is 1 or more, or null")
+        allowed = list(dict.fromkeys(MODALITIES.values()))
+        if not set(self.require) <= set(allowed):
+            raise ValueError(f"data.train.{name}.require={self.require}: allowed are {', '.join(allowed)}")
 
 
 @dataclass
@@ -31,250 +65,315 @@ class DataConfig:
     """Embedded data set to build at `root` if it is not there; allowed: digits, or null."""
     root: str = "."
     """Folder that relative patterns of shards start from."""
-    train: list[str] = field(default_factory=list)
-    """Training shards: paths, globs (train-*.tar) or ranges (train-{00000..00009}.tar)."""
+    train: dict[str, SourceConfig] = field(default_factory=dict)
+    """Training sources by name; a plain list of shards is one source of the name train."""
     val: list[str] = field(default_factory=list)
     """Shards on which probes choose their hyper-parameters."""
     test: list[str] = field(default_factory=list)
     """Shards on which results are reported."""
+    batching: str = "mixed"
+    """mixed: every batch has its share of all sources; homogeneous: all rows of a batch come from one."""
+    lanes: int | None = None
+    """Equal parts of a batch, which ranks share among them; null: the greatest common divisor of batch size and 192."""
+    window: int = 64
+    """Shards of a source that are read, and shuffled, at a time."""
+    max_bad_fraction: float = 0.05
+    """Share of rows whose sample can't be used above which the run stops; such a sample is replaced by the next."""
+    allow_changed: bool = False
+    """On resuming with other shards, weights, batch size or seed: begin a new pass over the data, not an error."""
+    cache: str | None = None
+    """Folder in which remote shards are kept; null: read each sample over the network."""
+    cache_gb: float = 100.0
+    """Largest size of the cache, in 10^9 bytes; what was not used for longest goes first."""
     views: Views = field(default_factory=Views)
     """Sizes and augmentation, per modality."""
     workers: int = 1
-    """Processes that read ahead: 1, or 0 to read within the training process."""
+    """Processes per rank that read ahead; 0 reads within the training process. The batches are the same."""
 
     def __post_init__(self) -> None:
         if self.embedded not in (None, "digits"):
             raise ValueError(f"data.embedded={self.embedded}: allowed are digits, null")
         if not self.views.used:
             raise ValueError("data.views has no modality: at least one of image, text, audio is needed")
-        if self.workers not in (0, 1):
-            raise ValueError(f"data.workers={self.workers}: allowed are 0 and 1")
+        if self.batching not in ("mixed", "homogeneous"):
+            raise ValueError(f"data.batching={self.batching}: allowed are mixed, homogeneous")
+        for name, source in self.train.items():
+            source.check(name)
+        if len({source.weight is None for source in self.train.values()}) > 1:
+            raise ValueError("data.train: give all sources a weight, or none")
+        for name, least in (("lanes", 1), ("window", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name}={value}: allowed is {least} or more")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction={self.max_bad_fraction}: allowed is 0 to 1")
+        if not 0 < self.cache_gb < math.inf:
+            raise ValueError(f"data.cache_gb={self.cache_gb}: allowed is above 0")
 
 
-class StreamError(UserError):
-    """A sample that can't be used; names its shard and key."""
+def open_train(config: DataConfig) -> list[Source]:
+    """The indexed training sources; an index is built on first sight.
+
+    Raises:
+        ShardError: a shard is missing or damaged; names it.
+        FetchError: a URL that can't be read.
+    """
+    return [
+        Source(
+            open_split(config, source.shards).shards,
+            name,
+            weight=source.weight,
+            max_epochs=source.max_epochs,
+            require=source.require,
+            cache=open_cache(config),
+        )
+        for name, source in config.train.items()
+    ]
 
 
-class Source:
-    """Indexed shards, read by position. File handles are opened on first use, so each worker has its own."""
-
-    def __init__(self, shards: Sequence[ShardIndex]) -> None:
-        self.shards = list(shards)
-        self._files: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return sum(len(shard.samples) for shard in self.shards)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when any shard's content, name or place in the list changes."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f"{shard.path.name} {shard.sha256}\n".encode())
-        return digest.hexdigest()
-
-    def members(self, shard: int, sample: int, modalities: Sequence[str]) -> dict[str, Any]:
-        """Decoded members of a sample for the modalities asked for; what it lacks is absent.
-
-        Raises:
-            StreamError: damaged or over a limit, or several members of one modality; names shard, key and member.
-        """
-        index = self.shards[shard]
-        found: dict[str, Any] = {}
-        for extension in index.samples[sample].members:
-            modality = MODALITIES.get(extension)
-            if modality is None or modality not in modalities:
-                continue
-            if modality in found:
-                raise StreamError(
-                    f"{index.path}: sample {index.samples[sample].key} has more than one {modality} member: "
-                    f"{', '.join(index.samples[sample].members)}"
-                )
-            found[modality] = self._decode(shard, sample, extension, DECODERS[modality])
-        return found
-
-    def metadata(self, shard: int, sample: int) -> dict[str, Any]:
-        """The sample's ``.json`` member; empty if it has none. Raises StreamError like ``members``."""
-        if METADATA not in self.shards[shard].samples[sample].members:
-            return {}
-        metadata: dict[str, Any] = self._decode(shard, sample, METADATA, decode_metadata)
-        return metadata
-
-    def labels(self, name: str) -> list[Any]:
-        """The metadata field ``name`` of every sample, in the order of the shards.
-
-        Raises:
-            StreamError: a sample lacks it; names the sample and the fields that it has.
-        """
-        labels = []
-        for shard, sample in self.places():
-            metadata = self.metadata(shard, sample)
-            if name not in metadata:
-                index = self.shards[shard]
-                raise StreamError(
-                    f"{index.path}: sample {index.samples[sample].key} has no {name!r} in its .json; "
-                    f"it has: {', '.join(sorted(metadata)) or 'nothing'}"
-                )
-            labels.append(metadata[name])
-        return labels
-
-    def count(self, modality: str) -> int:
-        """How many samples have a member of the modality."""
-        extensions = {extension for extension, name in MODALITIES.items() if name == modality}
-        return sum(not extensions.isdisjoint(sample.members) for shard in self.shards for sample in shard.samples)
-
-    def unread(self) -> set[str]:
-        """Extensions of members that nothing reads."""
-        found = {extension for shard in self.shards for sample in shard.samples for extension in sample.members}
-        return found - set(MODALITIES) - {METADATA}
-
-    def captions(self, limit: int) -> Iterator[str]:
-        """The text of the first ``limit`` samples that have one."""
-        for shard, sample in self.places():
-            if limit == 0:
-                return
-            text = self.members(shard, sample, ("text",)).get("text")
-            if text is not None:
-                limit -= 1
-                yield text
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(shard, sample) of every sample, in the order of the shards."""
-        for i, shard in enumerate(self.shards):
-            for j in range(len(shard.samples)):
-                yield i, j
-
-    def _decode(self, shard: int, sample: int, extension: str, decode: Any) -> Any:
-        index = self.shards[shard]
-        key, members = index.samples[sample]
-        offset, size = members[extension]
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            try:
-                self._files[shard] = os.open(index.path, os.O_RDONLY)
-            except OSError as error:
-                raise StreamError(f"{index.path}: sample {key} can't be read: {error.strerror}") from error
-        try:
-            if size > MAX_MEMBER_BYTES:
-                raise DecodeError(f"{size} bytes: at most {MAX_MEMBER_BYTES} are allowed")
-            data = os.pread(self._files[shard], size, offset)
-            if len(data) != size:
-                raise DecodeError(f"{len(data)} of {size} bytes could be read; was the file changed?")
-            return decode(data)
-        except DecodeError as error:
-            raise StreamError(f"{index.path}: sample {key}, member .{extension}: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        # An open file must not be shared with another process.
-        return {**self.__dict__, "_files": {}}
+def open_split(config: DataConfig, patterns: Sequence[str]) -> Source:
+    """The indexed shards of a split that is read in one pass. Raises what `open_train` raises."""
+    # Joining leaves absolute paths as they are; a URL is none.
+    rooted = [p if "://" in p or p.startswith("pipe:") else str(Path(config.root) / p) for p in patterns]
+    cache = open_cache(config)
+    return Source(load_shards(find_shards(rooted), cache), cache=cache)
 
 
-class Sample(NamedTuple):
-    """One sample after the worker's half of its views."""
+def open_cache(config: DataConfig) -> Cache | None:
+    """The cache for remote shards, if there is to be one."""
+    return None if config.cache is None else Cache(Path(config.cache), int(config.cache_gb * 1e9))
 
-    key: str
-    values: dict[str, Any]
+
+def make_order(sources: Sequence[Source], config: DataConfig, seed: int, batch_size: int, run_pass: int = 0) -> Order:
+    """The order in which training reads ``sources``. Raises UserError where lanes don't divide the batch."""
+    supplies = [
+        Supply(
+            source.name,
+            [shard.samples for shard in source.shards],
+            len(source) if source.weight is None else source.weight,
+            source.max_epochs,
+        )
+        for source in sources
+    ]
+    homogeneous = config.batching == "homogeneous"
+    return Order(
+        supplies,
+        seed,
+        batch_size,
+        lanes=config.lanes,
+        window=config.window,
+        homogeneous=homogeneous,
+        run_pass=run_pass,
+    )
 
 
 class Stream(IterableDataset[Batch]):
-    """Batches of ``Source`` samples.
+    """The training batches of one rank, endless unless every source has ``max_epochs``.
 
-    With ``order`` the stream is endless, shuffled and augmented, and starts at global position ``start``: batch b
-    holds the positions ``start + b * batch_size`` and following. Without, it is one pass in the order of the
-    shards, in the deterministic views; the last batch may be smaller.
+    Batch by batch and rank by rank, rows are those of `Order`. A sample that can't be used is replaced by the next of
+    its lane, so that no other row moves, and is named in the batch's ``skipped``.
     """
 
     def __init__(
         self,
-        source: Source,
-        views: Views,
+        sources: Sequence[Source],
+        config: DataConfig,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
         batch_size: int,
-        order: Order | None = None,
-        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        super().__init__()
-        self.source = source
-        self.views = views
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.order = order
-        self.start = start
+        """Batches of ``sources`` from step 0; `load_state_dict` goes on from another.
 
-    def __iter__(self) -> Iterator[Batch]:
-        samples = self._evaluation() if self.order is None else self._training(self.order)
-        while rows := list(islice(samples, self.batch_size)):
-            yield collate(rows, self.views, self.tokenizer)
-
-    def batches(self, workers: int) -> Iterator[Batch]:
-        """The stream's batches, read in this process (0 workers) or ahead in one worker process (1).
+        Args:
+            sources: as in ``config.train``.
+            config: batching, views, workers and limits.
+            tokenizer: for texts.
+            seed: fixes order and augmentation.
+            batch_size: rows of a step over all ranks.
+            rank: number of this process.
+            world: number of processes.
 
         Raises:
-            StreamError: a sample that can't be used; the same error, with the same message, for either.
+            StreamError: a batch or lanes that ``world`` does not divide.
         """
-        loader: DataLoader[Any] = DataLoader(
-            _ErrorsAsValues(self),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-        for batch in loader:
-            if isinstance(batch, StreamError):
-                raise batch
-            yield batch
-
-    def _training(self, order: Order) -> Iterator[Sample]:
-        position = self.start
-        while True:
-            epoch, shard, sample = order.at(position)
-            key = self.source.shards[shard].samples[sample].key
-            yield self._view(shard, sample, random_state(order.seed, epoch, key))
-            position += 1
-
-    def _evaluation(self) -> Iterator[Sample]:
-        for shard, sample in self.source.places():
-            yield self._view(shard, sample, None)
-
-    def _view(self, shard: int, sample: int, random: np.random.Generator | None) -> Sample:
-        views = self.views.used
-        members = self.source.members(shard, sample, tuple(views))
-        values = {name: views[name].sample(value, random) for name, value in members.items()}
-        return Sample(self.source.shards[shard].samples[sample].key, values)
-
-
-class _ErrorsAsValues(IterableDataset[Any]):
-    """Hands an error on as the last item: raised in a worker, it would come out wrapped in the worker's traceback."""
-
-    def __init__(self, stream: Stream) -> None:
         super().__init__()
-        self.stream = stream
+        self.sources = list(sources)
+        self.config = config
+        self.views = config.views.used
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.batch_size = batch_size
+        self.step = self.begun = self.run_pass = 0
+        self.skips = Skips(config.max_bad_fraction)
+        self.order = make_order(self.sources, config, seed, batch_size)
+        lanes = self.order.lanes
+        if lanes % world:
+            raise StreamError(
+                f"{world} processes can't share data.lanes={lanes} (of train.batch_size={batch_size}) equally: the "
+                "number of processes must divide both; other lanes are another order of the data"
+            )
+        self.mine = range(rank * lanes // world, (rank + 1) * lanes // world)
+        self.world = world
 
-    def __iter__(self) -> Iterator[Batch | StreamError]:
+    @property
+    def steps(self) -> int | None:
+        """How many steps there are in all, where every source has ``max_epochs``; None: no end."""
+        return None if self.order.steps is None else self.begun + self.order.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        step = self.step + first
+        while self.steps is None or step < self.steps:
+            yield self.batch(step)
+            step += stride
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of one step.
+
+        Raises:
+            StreamError: a lane in which hardly any sample can be used.
+            FetchError, ShardError: a shard that can't be read any more.
+        """
+        skipped: list[Skipped] = []
+        slots = self.order.slots(step - self.begun, self.mine)
+        rows = (self._row(slot, skipped) for slot in slots)
+        batch = collate(rows, len(slots), self.config.views, self.tokenizer, training=True)
+        return batch._replace(skipped=tuple(skipped))
+
+    def _row(self, slot: Slot, skipped: list[Skipped]) -> Row:
+        source = self.sources[slot.source]
+        for attempt in range(MAX_REPLACEMENTS):
+            place = self.order.place(slot._replace(draw=slot.draw + attempt))
+            try:
+                values = source.values(place.shard, place.sample, self.views, training=True)
+            except SampleError as error:
+                # Its replacement may be bad, too; that one is counted in the slot of its own.
+                if attempt == 0:
+                    skipped.append(Skipped.of(error))
+                last = error
+                continue
+            key = source.sample(place.shard, place.sample).key
+            return Row(key, values, *random_state(self.seed, self.run_pass, source.name, place.epoch, key))
+        raise StreamError(f"{source.name}: {MAX_REPLACEMENTS} samples in a row can't be used, the last one: {last}")
+
+    def batches(self) -> Iterator[Batch]:
+        """The rank's batches from ``step`` on, read ahead by ``config.workers`` processes.
+
+        With several ranks every one calls this at the same time, and ``skipped`` holds what all of them skipped.
+
+        Raises:
+            StreamError: on all ranks with the same message: one of them can't read its data, or more than
+                ``config.max_bad_fraction`` of all rows could not be used.
+        """
+        distributed = self.world > 1 and dist.is_available() and dist.is_initialized()
+        group = dist.new_group(backend="gloo") if distributed else None
+        for item in read_ahead(self, self.config.workers):
+            failure = item if isinstance(item, UserError) else None
+            mine = () if isinstance(item, UserError) else item.skipped
+            skipped, error = share(mine, None if failure is None else str(failure), group)
+            if error is not None or isinstance(item, UserError):
+                raise StreamError(error) from failure
+            self.step += 1
+            self.skips.add(skipped, self.step * self.batch_size)
+            yield item._replace(skipped=tuple(skipped))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that fixes which sample stands where; a run that resumes must agree in it."""
+        made: dict[str, Any] = {
+            "seed": self.seed,
+            "train.batch_size": self.batch_size,
+            "data.lanes": self.order.lanes,
+            "data.window": self.config.window,
+            "data.batching": self.config.batching,
+        }
+        for source in self.sources:
+            of = f"data.train.{source.name}"
+            made[f"{of}.weight"], made[f"{of}.max_epochs"] = source.weight, source.max_epochs
+            made[f"{of}.require"] = list(source.require)
+            made[f"{of}.samples"] = f"{len(source)} in {len(source.shards)} shards, sha256 {source.fingerprint[:16]}"
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the batches that `batches` has given so far; for JSON."""
+        return {
+            "schema": _SCHEMA,
+            "step": self.step,
+            "pass": self.run_pass,
+            "pass_began": self.begun,
+            "fingerprint": self.fingerprint(),
+            "skipped": self.skips.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on where another stream stood, of any number of ranks and workers.
+
+        Returns:
+            what has changed since then, a line each; only ever something with ``config.allow_changed``, and then a
+            new pass over the data begins.
+
+        Raises:
+            StreamError: the data are not the same, or the state is of another schema.
+        """
+        if state["schema"] != _SCHEMA:
+            raise StreamError(f"{STATE}: schema {state['schema']}, this version reads {_SCHEMA}")
+        then, now = state["fingerprint"], self.fingerprint()
+        changed = [
+            f"{key}: {then.get(key)} then, {now.get(key)} now"
+            for key in {**then, **now}
+            if then.get(key) != now.get(key)
+        ]
+        if changed and not self.config.allow_changed:
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise StreamError(
+                f"the data are not those that the run began with:\n{lines}\n"
+                "Restore them, give the run another `out`, or begin a new pass with data.allow_changed=true."
+            )
+        self.step, self.begun, self.run_pass = state["step"], state["pass_began"], state["pass"]
+        self.skips.restore(state["skipped"])
+        if changed:
+            self.begun, self.run_pass = self.step, self.run_pass + 1
+        if self.run_pass:
+            self.order = make_order(self.sources, self.config, self.seed, self.batch_size, self.run_pass)
+        return changed
+
+    def save(self, folder: Path) -> None:
+        """Write `state_dict` to ``folder/stream.json``."""
+        write_whole(folder / STATE, json.dumps(self.state_dict(), indent=1).encode() + b"\n")
+
+    def load(self, folder: Path) -> list[str]:
+        """`load_state_dict` of ``folder/stream.json``.
+
+        Raises:
+            StreamError: the file is missing or damaged, or what `load_state_dict` raises.
+        """
+        path = folder / STATE
         try:
-            yield from self.stream
-        except StreamError as error:
-            yield error
+            return self.load_state_dict(json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise StreamError(f"{path}: no such file; the checkpoint does not say where its data stood") from error
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise StreamError(f"{path}: damaged ({error!r})") from error
+
+    def attach(self, accelerator: Accelerator) -> None:
+        """Save with ``accelerator.save_state`` and load with ``accelerator.load_state``, as ``stream.json``."""
+
+        def save(models: Any, weights: Any, folder: str) -> None:
+            if accelerator.is_main_process:
+                self.save(Path(folder))
+
+        def load(models: Any, folder: str) -> None:
+            self.load(Path(folder))
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
 
 
-def random_state(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """The random numbers of one sample's augmentation: the same wherever and whenever it is read."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-
-
-def collate(samples: Sequence[Sample], views: Views, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    """Stack, per modality, only the samples that have it."""
-    fields: dict[str, Field] = {}
-    for name, view in views.used.items():
-        rows = [row for row, sample in enumerate(samples) if name in sample.values]
-        if rows:
-            stacked = view.stack([samples[row].values[name] for row in rows], tokenizer)
-            fields[name] = stacked._replace(rows=torch.tensor(rows))
-    return Batch(fields, len(samples), [sample.key for sample in samples])
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
+def random_state(seed: int, run_pass: int, source: str, epoch: int, key: str) -> tuple[np.random.Generator, int]:
+    """The randomness of one sample's augmentation, wherever and whenever it is read: for the worker, for the device."""
+    digest = hashlib.blake2b(repr((seed, run_pass, source, epoch, key)).encode(), digest_size=24).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return generator, int.from_bytes(digest[16:], "little") >> 1  # an int64

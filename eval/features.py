@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data.batch import Field
-from data.stream import Source, Stream
+from data.batches import Pass
+from data.skips import Skips
+from data.source import Source
 from data.transforms import OnDevice
 from pretrain.model.encoder import Encoder
 
@@ -44,6 +46,8 @@ def extract(
 ) -> list[dict[str, Features]]:
     """Features of every sample, in the deterministic views, in float32; read once for all encoders.
 
+    Samples that can't be used are left out, counted and printed.
+
     Args:
         encoders: of one architecture; moved to ``device`` and put into evaluation mode. Their views say what is read.
         tokenizer: the one that they were trained with.
@@ -51,7 +55,7 @@ def extract(
         labels: of every sample, in the order of the shards.
         device: where the encoders run.
         batch_size: samples per pass.
-        workers: 0 or 1 processes that read ahead.
+        workers: processes that read ahead; 0 reads in this one.
 
     Returns:
         per encoder: modality -> Features on the CPU, for the modalities that occur.
@@ -61,8 +65,8 @@ def extract(
     on_device = OnDevice(views).to(device)
     all_labels = torch.tensor(labels)
     parts: list[dict[str, list[Features]]] = [{} for _ in encoders]
-    first = 0
-    for batch in Stream(source, views, tokenizer, batch_size).batches(workers):
+    first, skips = 0, Skips()
+    for batch in Pass(source, views, tokenizer, batch_size).batches(workers):
         for name, field in on_device(batch.to(device)).fields.items():
             raw = RAW_INPUTS[name](field, vocabulary_size).cpu()
             content = content_ids(batch.fields[name])
@@ -73,6 +77,9 @@ def extract(
                     Features(features.cpu(), embeddings.cpu(), raw, all_labels[field.rows + first], content)
                 )
         first += batch.size
+        skips.add(batch.skipped, first)
+    if skips.total:
+        print(f"{source.name}: {skips.total} of {first} samples can't be scored:\n{skips.table()}", flush=True)
     return [
         {name: Features(*map(torch.cat, zip(*several, strict=True))) for name, several in part.items()}
         for part in parts

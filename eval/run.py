@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
-from data.index import find_shards, load_index
-from data.stream import Source
+from data.index import find_shards, load_shards
+from data.source import Source
 from data.text import load_tokenizer
+from data.transforms import make_field
 from eval.features import Features, extract
 from eval.linear import Split, linear_probe
 from eval.metrics import bootstrap_interval, chance, majority
@@ -76,14 +77,14 @@ def evaluate(
         splits: ``train``, ``val`` and ``test``.
         config: names the label, the classes and the templates.
         device: where the encoder runs.
-        workers: 0 or 1 processes that read ahead.
+        workers: processes that read ahead; 0 reads in this one.
 
     Returns:
         ``linear/M`` with top1, interval, majority, and beside it random_init, raw and chance; ``zeroshot/M``
         likewise without raw; ``retrieval/A_to_B`` with r1, r5, r10.
 
     Raises:
-        StreamError: a sample that can't be read or has no label.
+        SampleError: a sample that can't be read or has no label.
         EvaluationError: labels that don't fit ``config.classes``, or that a probe refuses.
     """
     labels = read_labels(splits, config)
@@ -120,7 +121,7 @@ def read_labels(splits: Mapping[str, Source], config: EvalConfig) -> dict[str, l
     """The labels of every split as integers, in the order of the shards.
 
     Raises:
-        StreamError: a sample without a label.
+        SampleError: a sample without a label.
         EvaluationError: labels that are neither numbers nor names, or outside ``config.classes``.
     """
     if config.label is None:
@@ -178,7 +179,7 @@ def class_prompts(
     encoder = encoder.to(device).eval()
     prompts = []
     for name in config.classes:
-        texts = view.stack([template.replace("{}", name) for template in config.templates], tokenizer)
+        texts = make_field(view, [template.replace("{}", name) for template in config.templates], tokenizer)
         valid = None if texts.valid is None else texts.valid.to(device)
         with torch.inference_mode():
             _, embeddings = encoder("text", texts._replace(x=texts.x.to(device), valid=valid))
@@ -264,8 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = EvalConfig(arguments.label, arguments.classes, arguments.templates)
         folder = arguments.checkpoint / "encoder"
         splits = {
-            name: Source([load_index(path) for path in find_shards(getattr(arguments, name))])
-            for name in ("train", "val", "test")
+            name: Source(load_shards(find_shards(getattr(arguments, name))), name) for name in ("train", "val", "test")
         }
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder, tokenizer = Encoder.load(folder), load_tokenizer(folder / "tokenizer")

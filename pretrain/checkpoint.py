@@ -4,6 +4,7 @@ checkpoints/step-00000600/
     encoder/          config.json, model.safetensors and tokenizer/: all that evaluation and export need
     objectives.safetensors
     optimizer.safetensors
+    stream.json       where the data stood, what they are, what was skipped of them
     state.json        step, what the run is, hyper-parameters of the optimiser
 checkpoints/last      link to the newest
 """
@@ -21,11 +22,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
+from data.stream import Stream
 from data.text import load_tokenizer
 from objectives.pretraining import Pretraining
 from pretrain.model.encoder import Encoder
 
-SCHEMA = 1
+SCHEMA = 2
 LAST = "last"
 _PARTIAL = ".partial"
 
@@ -47,6 +49,7 @@ def save_checkpoint(
     model: Pretraining,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
+    stream: Stream,
     identity: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -58,6 +61,7 @@ def save_checkpoint(
         model: unwrapped module.
         tokenizer: saved with the encoder.
         optimizer: its state is saved too.
+        stream: where it stands is saved too.
         identity: what a resumed run must have in common with this one, JSON-able.
         keep: how many checkpoints remain.
 
@@ -78,6 +82,7 @@ def save_checkpoint(
     save_file(tensors, partial / "optimizer.safetensors")
     trainer = {"schema": SCHEMA, "step": step, "identity": identity, "param_groups": state["param_groups"]}
     (partial / "state.json").write_text(json.dumps(trainer, indent=2) + "\n")
+    stream.save(partial)
     for path in sorted(partial.rglob("*")):
         _flush(path)
 

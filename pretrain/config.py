@@ -3,12 +3,12 @@
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import UserError
@@ -133,27 +133,32 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         given = OmegaConf.load(recipe)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
         raise ConfigError(f"{recipe}: {error}") from error
-    dotted = OmegaConf.create()
-    for override in overrides:
-        try:
-            dotted.merge_with_dotlist([_checked_override(override)])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"command line: {override}: {error}") from error
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{recipe}: a mapping of keys to values is needed")
+    parts = [given]
+    for override in overrides:
+        part = OmegaConf.create()
+        try:
+            part.merge_with_dotlist([_checked_override(override)])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"command line: {override}: {error}") from error
+        parts.append(part)
+    for i, part in enumerate(parts):
+        if _name_source(part):
+            _drop_sources(parts[:i])
 
     unknown = [
-        f"{origin}: unknown key {key!r}{_suggestion(key, schema)}"
-        for origin, part in ((str(recipe), given), ("command line", dotted))
+        f"{'command line' if i else recipe}: unknown key {key!r}{_suggestion(key, schema)}"
+        for i, part in enumerate(parts)
         for key in _unknown_keys(part, schema)
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
-    for part in (given, dotted):
+    for part in parts:
         if (misfit := next(_misfits(part, schema), None)) is not None:
             raise ConfigError(misfit)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, given, dotted))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, *parts))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
@@ -175,31 +180,71 @@ def _checked_override(override: str) -> str:
     return override
 
 
+def _name_source(given: DictConfig) -> bool:
+    """Where ``data.train`` is a list of shards, make it a source of the name train; returns whether it was one."""
+    try:
+        data = given.get("data")
+        shards = data.get("train") if isinstance(data, DictConfig) else None
+    except OmegaConfBaseException as error:  # an interpolation of a key that is not there
+        raise ConfigError(f"data.train: {error}") from error
+    if not isinstance(shards, ListConfig | str):
+        return False
+    data.train = {"train": {"shards": [shards] if isinstance(shards, str) else shards}} if shards else {}
+    return True
+
+
+def _drop_sources(parts: Sequence[DictConfig]) -> None:
+    """A list of shards takes the place of all sources that were given before it."""
+    for part in parts:
+        if isinstance(data := part.get("data"), DictConfig):
+            data.pop("train", None)
+
+
+def _child(schema: DictConfig, name: Any) -> Any:
+    """The schema of the key ``name``; None if there is no such key."""
+    element = schema._metadata.element_type
+    if is_dataclass(element):  # a mapping from names of the user's choice
+        return OmegaConf.structured(element)
+    return schema._get_node(name) if name in schema else None
+
+
 def _unknown_keys(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     """Dotted keys of ``given`` that ``schema`` lacks."""
     if not isinstance(given, DictConfig) or not isinstance(schema, DictConfig):
         return
     for name in given:
-        key = f"{prefix}{name!s}"
-        if name not in schema:
+        key, child = f"{prefix}{name!s}", _child(schema, name)
+        if child is None:
             yield key
         else:
-            yield from _unknown_keys(given._get_node(name), schema._get_node(name), f"{key}.")
+            yield from _unknown_keys(given._get_node(name), child, f"{key}.")
 
 
 def _misfits(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
-    """Sections that got a single value; OmegaConf's own message names no key."""
+    """Sections and lists that got a value of another kind; OmegaConf's own message names no key, or there is none."""
     for name in given:
-        node, expected = given._get_node(name), schema._get_node(name)
-        if not isinstance(expected, DictConfig):
+        key, node, expected = f"{prefix}{name!s}", given._get_node(name), _child(schema, name)
+        if node._is_none() or node._is_interpolation():
             continue
-        if isinstance(node, DictConfig) and not node._is_none():
-            yield from _misfits(node, expected, f"{prefix}{name!s}.")
-        elif not node._is_none() and not node._is_interpolation():
-            yield f"{prefix}{name!s}: {node} is no section; allowed are its keys: {', '.join(map(str, expected))}"
+        if isinstance(expected, DictConfig):
+            if isinstance(node, DictConfig):
+                yield from _misfits(node, expected, f"{key}.")
+            else:
+                allowed = ", ".join(map(str, expected)) or "names of your choice"
+                yield f"{key}: {node} is no section; allowed are its keys: {allowed}"
+        elif isinstance(expected, ListConfig):
+            if not isinstance(node, ListConfig):
+                yield f"{key}: {node} is no list; allowed is [..., ...]"
+            else:
+                items = (node._get_node(i) for i in range(len(node)))
+                nested = (item for item in items if isinstance(item, DictConfig | ListConfig))
+                yield from (f"{key}: {item} within a list; allowed are single values" for item in nested)
 
 
 def _all_keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
+    element = schema._metadata.element_type
+    if is_dataclass(element):
+        yield from _all_keys(OmegaConf.structured(element), f"{prefix}NAME.")
     for name in schema:
         yield f"{prefix}{name!s}"
         node = schema._get_node(name)

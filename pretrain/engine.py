@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from data.batch import Batch
 from data.errors import UserError
-from data.index import find_shards, load_index
-from data.order import Order
-from data.stream import Source, Stream
+from data.source import Source
+from data.stream import Stream, open_train
 from data.text import MAX_CAPTIONS, TokenizerConfig, load_tokenizer, train_tokenizer
 from data.transforms import OnDevice
 from objectives.pretraining import Loss, Pretraining
@@ -47,18 +48,27 @@ def pretrain(config: Config) -> Path:
 
     Raises:
         ConfigError: settings that this machine or these data can't meet.
-        ShardError, StreamError: shards that are missing or damaged, samples that can't be read.
-        CheckpointError: a checkpoint that belongs to other data or another model.
+        ShardError, FetchError: shards that are missing or damaged.
+        StreamError: too many samples that can't be used, or a checkpoint that belongs to other data.
+        CheckpointError: a checkpoint that belongs to another model.
         TrainingError: a loss that is not finite.
     """
     accelerator = start_accelerator(config.train)
     checkpoints = prepare_folder(config)
-    source = open_source(config, "train")
+    sources = open_train(config.data)
+    check_modalities(config, sources)
     resumed_from = find_last(checkpoints)
-    tokenizer = make_tokenizer(config.tokenizer, source, resumed_from)
-    order = Order([len(shard.samples) for shard in source.shards], config.seed)
-    check_modalities(config, source)
-    identity = identity_of(config, source)
+    tokenizer = make_tokenizer(config.tokenizer, sources, resumed_from)
+    stream = Stream(
+        sources,
+        config.data,
+        tokenizer,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    identity = identity_of(config)
 
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
@@ -69,22 +79,25 @@ def pretrain(config: Config) -> Path:
     if resumed_from is not None:
         step = load_checkpoint(resumed_from, bare, bare_optimizer, identity)
         print(f"resumed from {resumed_from} at step {step}")
+        if changed := stream.load(resumed_from):
+            print("the data have changed, a new pass over them begins:\n  " + "\n  ".join(changed))
         if step > config.train.steps:
             raise ConfigError(f"train.steps={config.train.steps}, but {resumed_from} has done {step} already")
         if step == config.train.steps:
             return resumed_from
+    if stream.steps is not None and stream.steps < config.train.steps:
+        raise ConfigError(f"train.steps={config.train.steps}, but max_epochs of all sources end at step {stream.steps}")
     record_run(config)
     drop_later_metrics(Path(config.out) / "metrics.jsonl", step)
-    describe(config, accelerator, encoder, source, len(tokenizer))
+    describe(config, accelerator, encoder, sources, len(tokenizer))
 
     steps, batch_size = config.train.steps, config.train.batch_size
-    stream = Stream(source, config.data.views, tokenizer, batch_size, order, start=step * batch_size)
     on_device = OnDevice(config.data.views).to(accelerator.device)
     progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, config.train.log_every)
     model.train()
-    batches = progress.timed(stream.batches(config.data.workers))
+    batches = progress.timed(stream.batches())
     while True:
-        batch = next(batches)  # endless
+        batch = next(batches)  # there are enough of them
         rate = learning_rate(config.train, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -97,9 +110,12 @@ def pretrain(config: Config) -> Path:
         step += 1
         if progress.due or step % config.train.save_every == 0:
             check_finite(loss, norm, step)
-        progress.update({"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate})
+        values = {"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate, **shares_cut(batch)}
+        progress.update(values, batch.skipped)
         if step % config.train.save_every == 0 or step == steps:
-            saved = save_checkpoint(checkpoints, step, bare, tokenizer, bare_optimizer, identity, config.train.keep)
+            saved = save_checkpoint(
+                checkpoints, step, bare, tokenizer, bare_optimizer, stream, identity, config.train.keep
+            )
             if step == steps:
                 return saved
 
@@ -171,49 +187,36 @@ def record_run(config: Config) -> None:
     (out / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def open_source(config: Config, split: str) -> Source:
-    """The indexed shards of a split; an index is built on first sight.
-
-    Raises:
-        ShardError: a shard is missing or damaged; names it.
-    """
-    patterns: Sequence[str] = getattr(config.data, split)
-    # A URL stays as it is, for find_shards to refuse by its own name.
-    rooted = [p if "://" in p or p.startswith("pipe:") else str(Path(config.data.root) / p) for p in patterns]
-    return Source([load_index(path) for path in find_shards(rooted)])
-
-
-def check_modalities(config: Config, source: Source) -> None:
+def check_modalities(config: Config, sources: Sequence[Source]) -> None:
     """Print how many samples have each modality, and what nothing reads.
 
     Raises:
         ConfigError: a modality in use that no sample has.
     """
-    counts = {name: source.count(name) for name in config.data.views.used}
-    unread = ", ".join(f".{extension}" for extension in sorted(source.unread()))
-    for name, count in counts.items():
-        if count == 0:
+    unread = ", ".join(f".{extension}" for extension in sorted(set().union(*(s.unread() for s in sources))))
+    for name in config.data.views.used:
+        if not any(source.count(name) for source in sources):
             raise ConfigError(
                 f"data.views.{name} is in use, but no training sample has {name}"
                 + (f"; not read are {unread}" if unread else "")
                 + f". Set data.views.{name}=null to train without it"
             )
-    print(f"samples   {len(source)}: " + ", ".join(f"{count} with {name}" for name, count in counts.items()))
+    for source in sources:
+        counts = ", ".join(f"{source.count(name)} with {name}" for name in config.data.views.used)
+        print(f"{'samples' if len(sources) == 1 else source.name:9} {len(source)}: {counts}")
     if unread:
         print(f"          members that nothing reads: {unread}")
 
 
-def identity_of(config: Config, source: Source) -> dict[str, Any]:
-    """Everything that, if it changed, would make a resumed run another run; dotted keys."""
+def identity_of(config: Config) -> dict[str, Any]:
+    """Everything but the data that, if it changed, would make a resumed run another run; dotted keys."""
     parts: dict[str, Any] = {
         "model": config.model,
         "objectives": config.objectives,
         "data.views": config.data.views,
         "tokenizer": config.tokenizer,
     }
-    settings = {key: value for name, part in parts.items() for key, value in flatten(name, asdict(part))}
-    run = {"seed": config.seed, "train.batch_size": config.train.batch_size, "training shards": source.fingerprint}
-    return {**run, **settings}
+    return {key: value for name, part in parts.items() for key, value in flatten(name, asdict(part))}
 
 
 def flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
@@ -225,7 +228,9 @@ def flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
         yield from flatten(f"{prefix}.{name}", branch)
 
 
-def make_tokenizer(config: TokenizerConfig, source: Source, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+def make_tokenizer(
+    config: TokenizerConfig, sources: Sequence[Source], checkpoint: Path | None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint if there is one, else the named one, else one trained on the captions.
 
     Raises:
@@ -235,7 +240,8 @@ def make_tokenizer(config: TokenizerConfig, source: Source, checkpoint: Path | N
         return load_tokenizer(checkpoint / "encoder" / "tokenizer")
     if config.name is not None:
         return load_tokenizer(config.name)
-    return train_tokenizer(source.captions(MAX_CAPTIONS), config.train or 0)
+    captions = chain.from_iterable(source.captions(MAX_CAPTIONS // len(sources)) for source in sources)
+    return train_tokenizer(captions, config.train or 0)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -286,6 +292,12 @@ def check_finite(loss: Loss, norm: torch.Tensor, step: int) -> None:
     )
 
 
+def shares_cut(batch: Batch) -> dict[str, float]:
+    """``cut_text`` and the like: the share of a modality's samples that were longer than its view."""
+    fields = batch.fields.items()
+    return {f"cut_{name}": field.cut / len(field.rows) for name, field in fields if field.cut is not None}
+
+
 def drop_later_metrics(path: Path, step: int) -> None:
     """Keep the lines up to ``step``: those after it are written again by the resumed run."""
     if not path.exists():
@@ -294,16 +306,19 @@ def drop_later_metrics(path: Path, step: int) -> None:
     path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def describe(config: Config, accelerator: Accelerator, encoder: Encoder, source: Source, vocabulary: int) -> None:
+def describe(
+    config: Config, accelerator: Accelerator, encoder: Encoder, sources: Sequence[Source], vocabulary: int
+) -> None:
     """Say what is about to be trained, on what and where."""
     parameters = sum(p.numel() for p in encoder.parameters())
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    epochs = config.train.steps * config.train.batch_size / len(source)
+    epochs = config.train.steps * config.train.batch_size / sum(map(len, sources))
+    shards = sum(len(source.shards) for source in sources)
     print(
         f"encoder   {', '.join(config.data.views.used)}: {parameters / 1e6:.2f} M parameters, "
         f"{vocabulary} tokens of vocabulary\n"
-        f"data      {len(source.shards)} shards; "
+        f"data      {shards} shards; "
         f"{config.train.steps} steps of {config.train.batch_size} are {epochs:.1f} epochs\n"
         f"device    {accelerator.device}{threads}, {precision}\n"
         f"run       {config.out}",

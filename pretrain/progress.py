@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
+
+from data.skips import Skipped
 
 T = TypeVar("T")
 
@@ -26,6 +28,7 @@ class Progress:
         self.first = self.line_first = start
         self.waited = 0.0
         self.window: defaultdict[str, list[Tensor | float]] = defaultdict(list)
+        self.skipped: Counter[tuple[str, str, str, str]] = Counter()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass batches through and count the time spent waiting for them."""
@@ -44,9 +47,10 @@ class Progress:
         """Whether the coming update shows a line: every so many steps, and at the last one."""
         return (self.step + 1) % self.every == 0 or self.step + 1 == self.steps
 
-    def update(self, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
+    def update(self, values: Mapping[str, Tensor | float], skipped: Sequence[Skipped] = ()) -> dict[str, float] | None:
         """Take in one step's values; where a line is due, show it and return the means since the last one."""
         due = self.due
+        self.skipped.update((skip.source, skip.shard, skip.key, skip.error) for skip in skipped)
         for name, value in values.items():
             self.window[name].append(value.detach() if isinstance(value, Tensor) else value)
         self.step += 1
@@ -57,20 +61,30 @@ class Progress:
         seconds, steps = now - self.line_begun, self.step - self.line_first
         rate = steps * self.batch_size / seconds
         remaining = (self.steps - self.step) * (now - self.begun) / (self.step - self.first)
-        record = {"step": self.step, **means, "samples_per_second": rate, "data_wait": self.waited / seconds}
+        record = {
+            "step": self.step,
+            **means,
+            "samples_per_second": rate,
+            "data_wait": self.waited / seconds,
+            "skipped": self.skipped.total(),
+            "skipped_samples": [[*sample, count] for sample, count in self.skipped.items()],
+        }
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self._print(means, rate, self.waited / seconds, remaining)
         self.window.clear()
+        self.skipped.clear()
         self.line_begun, self.line_first, self.waited = time.perf_counter(), self.step, 0.0
         return means
 
     def _print(self, means: Mapping[str, float], rate: float, waited: float, remaining: float) -> None:
-        hidden = ("learning_rate",)
+        hidden = {"learning_rate", *(name for name, value in means.items() if name.startswith("cut_") and value == 0)}
         values = "  ".join(f"{name} {value:.3g}" for name, value in means.items() if name not in hidden)
         print(
             f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {values}  {rate:.0f} samples/s  "
-            f"data wait {waited:.0%}  ETA {duration(remaining)}",
+            f"data wait {waited:.0%}  "
+            + (f"SKIPPED {self.skipped.total()} samples  " if self.skipped else "")
+            + f"ETA {duration(remaining)}",
             flush=True,
         )
 

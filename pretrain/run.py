@@ -19,11 +19,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from data import digits
 from data.errors import UserError
+from data.skips import Skips
+from data.source import Source
+from data.stream import STATE, open_cache, open_split, open_train
 from eval.report import read_results, table, write_results
 from eval.run import about, evaluate, read_labels
 from pretrain.checkpoint import load_encoder
 from pretrain.config import Config, load_config, to_yaml
-from pretrain.engine import open_source, pretrain, start_accelerator
+from pretrain.engine import pretrain, start_accelerator
 from pretrain.export import export
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
@@ -74,8 +77,11 @@ def run(config: Config) -> None:
     if config.data.embedded == "digits":
         digits.build(Path(config.data.root))
     scored = config.eval.label is not None
-    splits = {name: open_source(config, name) for name in ("train", "val", "test")} if scored else {}
+    splits: dict[str, Source] = {}
     if scored:  # a wrong label should show now, not after the training
+        train = [shard for source in open_train(config.data) for shard in source.shards]
+        splits["train"] = Source(train, cache=open_cache(config.data))
+        splits["val"], splits["test"] = (open_split(config.data, p) for p in (config.data.val, config.data.test))
         read_labels(splits, config.eval)
 
     checkpoint = pretrain(config)
@@ -90,7 +96,7 @@ def run(config: Config) -> None:
             results = evaluate(encoder, tokenizer, splits, config.eval, device, config.data.workers)
             write_results(path, results, subject)
         scores = table(results) + "\n\n"
-    print("\n" + scores + closing_screen(out, checkpoint, list(folders)))
+    print("\n" + scores + skipped_samples(checkpoint) + closing_screen(out, checkpoint, list(folders)))
 
 
 def closing_screen(out: Path, checkpoint: Path, modalities: Sequence[str]) -> str:
@@ -110,6 +116,17 @@ next
   export    {python} pretrain/export.py {shlex.quote(str(checkpoint))} exported
   resume    start the same command again: it goes on from the newest checkpoint
 """
+
+
+def skipped_samples(checkpoint: Path) -> str:
+    """What the run could not use of its data, counted."""
+    skips = Skips()
+    skips.restore(json.loads((checkpoint / STATE).read_text())["skipped"])
+    if not skips.total:
+        return ""
+    return (
+        f"skipped     {skips.total} rows got another sample than theirs, which could not be used:\n{skips.table()}\n\n"
+    )
 
 
 if __name__ == "__main__":

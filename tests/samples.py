@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch, Field
-from data.index import load_index
+from data.index import load_shard
 from data.shards import write_shards
-from data.stream import Source
+from data.source import Source
 from data.text import train_tokenizer
 from data.transforms import AudioView, ImageView, TextView, Views
 from pretrain.model.encoder import Encoder
@@ -64,10 +64,11 @@ def members(number: int, modalities: str = "ita") -> dict[str, bytes]:
     return made
 
 
-def write_source(folder: Path, samples: list[dict[str, bytes]], per_shard: int = 3) -> Source:
+def write_source(folder: Path, samples: list[dict[str, bytes]], per_shard: int = 3, **settings: Any) -> Source:
     """The samples as shards in ``folder``; sample i has the key ``k<i>``."""
     keyed: list[dict[str, bytes | str]] = [{"__key__": f"k{i}", **sample} for i, sample in enumerate(samples)]
-    return Source([load_index(path) for path in write_shards(keyed, folder / "train", max_samples=per_shard)])
+    shards = write_shards(keyed, folder / "train", max_samples=per_shard)
+    return Source([load_shard(path) for path in shards], **settings)
 
 
 @cache

@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 import pretrain.checkpoint
 from data.batch import Batch, Field
+from data.index import Shard
+from data.source import Source
+from data.stream import DataConfig, Stream
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import ObjectivesConfig, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last, load_checkpoint, load_encoder, save_checkpoint
@@ -18,6 +21,12 @@ from pretrain.model.encoder import Encoder
 from tests.tiny import MODEL, VIEWS, tiny_encoder, tiny_tokenizer
 
 DATA = {"seed": 3, "fingerprint": "abc", "batch_size": 8}
+
+
+def stream() -> Stream:
+    """Of a shard that need not be there: only its state is saved."""
+    source = Source([Shard("train-0.tar", 10240, "0" * 64, 10, {"txt": 10})])
+    return Stream([source], DataConfig(views=VIEWS), tiny_tokenizer(), seed=3, batch_size=8)
 
 
 class Run(NamedTuple):
@@ -44,7 +53,7 @@ class Run(NamedTuple):
 
     def save(self, folder: Path, step: int, tokenizer: PreTrainedTokenizerBase, keep: int = 2) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        return save_checkpoint(folder, step, self.model, tokenizer, self.optimizer, dict(DATA), keep)
+        return save_checkpoint(folder, step, self.model, tokenizer, self.optimizer, stream(), dict(DATA), keep)
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of all that a checkpoint has to hold."""
@@ -214,6 +223,7 @@ def test_nothing_but_json_and_safetensors_inside(
     files = {str(path.relative_to(checkpoint)): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     assert {
         "state.json",
+        "stream.json",
         "objectives.safetensors",
         "optimizer.safetensors",
         "encoder/config.json",

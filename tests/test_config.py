@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from data.digits import CLASS_NAMES, TEMPLATES
+from data.stream import SourceConfig
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
 
 DIGITS = Path(__file__).parents[1] / "pretrain" / "recipes" / "digits.yaml"
@@ -80,8 +81,32 @@ def test_a_key_that_nothing_resembles_is_an_error_too(override: str, named: str)
         ("train.steps=true", "train.steps", "True"),
         ("train.learning_rate=fast", "train.learning_rate", "fast"),
         ("data.views.image.flip=perhaps", "data.views.image.flip", "perhaps"),
-        ("data.train=a.tar", "data.train", ""),
-        ("eval.classes=5", "eval.classes", ""),
+        ("data.train=5", "data.train", "5"),
+        ("data.train=null", "data.train", ""),
+        ("data.train=[[a.tar]]", "data.train.train.shards", "['a.tar']"),
+        ("data.train=[{shards: [a.tar]}]", "data.train.train.shards", "{'shards': ['a.tar']}"),
+        ("data.train=[null]", "data.train.train.shards[0]", "None"),
+        ("data.train=[a.tar, '${gone}']", "data.train.train.shards[1]", "gone"),
+        ("data.train=${data.gone}", "data.train", "data.gone"),
+        ("data.train.train=5", "data.train.train", "5"),
+        ("data.train.train=[a.tar]", "data.train.train", "['a.tar']"),
+        ("data.train.train=null", "data.train.train", ""),
+        ("data.train.weight=2", "data.train.weight", "2"),
+        ("data.train.train.shards=a.tar", "data.train.train.shards", "a.tar"),
+        ("data.train.train.shards.x=1", "data.train.train.shards", "{'x': 1}"),
+        ("data.train.train.weight=heavy", "data.train.train.weight", "heavy"),
+        ("data.train.train.weight=true", "data.train.train.weight", "True"),
+        ("data.train.train.max_epochs=1.5", "data.train.train.max_epochs", "1.5"),
+        ("data.train.train.require=image", "data.train.train.require", "image"),
+        ("data.train={1: {shards: [a.tar]}}", "data.train.1", "int"),
+        ("data.lanes=1.5", "data.lanes", "1.5"),
+        ("data.allow_changed=perhaps", "data.allow_changed", "perhaps"),
+        ("data.root=null", "data.root", "None"),
+        ("data.val.x=1", "data.val", "{'x': 1}"),
+        ("data.val=[[a.tar]]", "data.val", "['a.tar']"),
+        ("data=null", "data", ""),
+        ("data=[a.tar]", "data", "['a.tar']"),
+        ("eval.classes=5", "eval.classes", "5"),
         ("out=null", "out", "None"),
         ("model=null", "model", ""),
         ("train=5", "train", "5"),
@@ -103,8 +128,16 @@ def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None
         ("seed=4294967296", "0 to 2**32 - 1"),
         ("resume=yes please", "auto, none"),
         ("data.embedded=mnist", "digits, null"),
-        ("data.workers=2", "0 and 1"),
-        ("data.workers=-1", "0 and 1"),
+        ("data.batching=both", "mixed, homogeneous"),
+        ("data.lanes=0", "1 or more"),
+        ("data.window=0", "1 or more"),
+        ("data.workers=-1", "0 or more"),
+        ("data.max_bad_fraction=-0.1", "0 to 1"),
+        ("data.max_bad_fraction=1.1", "0 to 1"),
+        ("data.max_bad_fraction=nan", "0 to 1"),
+        ("data.cache_gb=0.0", "above 0"),
+        ("data.cache_gb=-1.0", "above 0"),
+        ("data.cache_gb=nan", "above 0"),
         ("data.views.image.size=0", "1 or more"),
         ("data.views.image.crop_scale=0.0", "above 0 and at most 1"),
         ("data.views.image.crop_scale=1.1", "above 0 and at most 1"),
@@ -165,7 +198,11 @@ def test_a_bound_is_an_error_with_key_value_and_what_is_allowed(override: str, a
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.train=[]"], "data.train is empty"),
+        *(([f"data.train={none}"], "data.train is empty") for none in ("[]", "''")),
+        (["data.train=[a.tar]", "data.train.web={shards: [b.tar], weight: 1}"], "give all sources a weight, or none"),
+        (["data.train.train.weight=1", "data.train.web.shards=[b.tar]"], "give all sources a weight, or none"),
+        (["data.train.train.shards=[]"], "data.train: a source has no shards"),
+        (["data.train.web.weight=2"], "data.train: a source has no shards"),
         (["data.val=[]"], "eval.label=label needs data.val and data.test"),
         (["data.test=[]"], "eval.label=label needs data.val and data.test"),
         (["tokenizer.train=null"], "tokenizer: give name"),
@@ -190,9 +227,131 @@ def test_a_view_may_be_null() -> None:
 def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
     config = load_config(DIGITS, ["train.steps=7", "data.train=[a.tar, b.tar]", "train.steps=8"])
     assert config.train.steps == 8
-    assert config.data.train == ["a.tar", "b.tar"]
+    assert config.data.train == {"train": SourceConfig(["a.tar", "b.tar"])}
     assert config.model.width == 128
     assert config.train.clip_norm == TrainConfig().clip_norm
+
+
+# --- Sources
+
+
+@pytest.mark.parametrize("weight", ["0", "0.0", "-1.0", ".inf", ".nan"])
+def test_a_weight_is_above_0_and_finite(weight: str) -> None:
+    message = refusal(f"data.train.train.weight={weight}")
+    assert message.startswith("data.train")
+    assert f"weight={float(weight.removeprefix('.'))}: allowed is above 0" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("max_epochs=0", "max_epochs=0: allowed is 1 or more, or null"),
+        ("max_epochs=-1", "max_epochs=-1: allowed is 1 or more, or null"),
+        ("require=[smell]", "require=['smell']: allowed are image, text, audio"),
+        ("require=[image, jpg]", "require=['image', 'jpg']: allowed are image, text, audio"),
+    ],
+)
+def test_a_bound_of_a_source_is_an_error(override: str, words: str) -> None:
+    message = refusal(f"data.train.train.{override}")
+    assert message.startswith("data.train")
+    assert message.endswith(words)
+
+
+def test_bounds_themselves_are_allowed() -> None:
+    source = load_config(DIGITS, ["data.train.train={weight: 1e-9, max_epochs: 1, require: [image, text, audio]}"])
+    assert source.data.train["train"] == SourceConfig(["train-*.tar"], 1e-9, 1, ["image", "text", "audio"])
+    tight = ["batching=homogeneous", "lanes=1", "window=1", "workers=0", "max_bad_fraction=0", "cache_gb=0.001"]
+    data = load_config(DIGITS, [f"data.{setting}" for setting in tight]).data
+    assert (data.batching, data.lanes, data.window, data.workers) == ("homogeneous", 1, 1, 0)
+    assert (data.max_bad_fraction, data.cache_gb) == (0, 0.001)
+    assert load_config(DIGITS, ["data.max_bad_fraction=1", "data.lanes=null"]).data.lanes is None
+
+
+MIXTURE = "{web: {shards: [w.tar], weight: 3, max_epochs: 2}, books: {shards: [b.tar], weight: 1, require: [text]}}"
+
+
+def recipe_of(tmp_path: Path, train: str) -> Path:
+    """A recipe that has sources and little else."""
+    return written(tmp_path, f"data: {{train: {train}}}\neval: {{label: null}}\ntokenizer: {{train: 300}}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "sources"),
+    [
+        ("[a.tar]", {"train": ["a.tar"]}),
+        ("[a.tar, 's3://b/{0..9}.tar']", {"train": ["a.tar", "s3://b/{0..9}.tar"]}),
+        ("a.tar", {"train": ["a.tar"]}),
+        ("'train-{00..09}.tar'", {"train": ["train-{00..09}.tar"]}),
+        ("{web: {shards: [a.tar]}}", {"web": ["a.tar"]}),
+        ("{web: {shards: [a.tar]}, books: {shards: [b.tar, c.tar]}}", {"web": ["a.tar"], "books": ["b.tar", "c.tar"]}),
+    ],
+)
+def test_sources_in_every_form(tmp_path: Path, given: str, sources: dict[str, list[str]]) -> None:
+    expected = {name: SourceConfig(shards) for name, shards in sources.items()}
+    config = load_config(recipe_of(tmp_path, given))
+    assert config.data.train == expected
+    assert list(config.data.train) == list(sources)
+    if not given.startswith("{"):  # a mapping adds to the recipe's
+        assert load_config(recipe_of(tmp_path, MIXTURE), [f"data.train={given}"]).data.train == expected
+
+
+def test_one_field_of_one_source_is_changed(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, MIXTURE)
+    sources = load_config(recipe, ["data.train.web.weight=2", "data.train.books.max_epochs=5"]).data.train
+    assert sources == {
+        "web": SourceConfig(["w.tar"], 2.0, 2),
+        "books": SourceConfig(["b.tar"], 1.0, 5, ["text"]),
+    }
+    sources = load_config(recipe, ["data.train.more={shards: [m.tar], weight: 1}"]).data.train
+    assert list(sources) == ["web", "books", "more"]
+    assert load_config(DIGITS, ["data.train.train.max_epochs=2"]).data.train["train"].max_epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source"),
+    [
+        (["data.train=[a.tar]"], SourceConfig(["a.tar"])),
+        (["data.train=a.tar"], SourceConfig(["a.tar"])),
+        (["data.train=[a.tar]", "data.train=[c.tar]"], SourceConfig(["c.tar"])),
+        (["data.train=[a.tar]", "data.train.train.weight=2"], SourceConfig(["a.tar"], 2.0)),
+        (["data.train=a.tar", "data.train.train.weight=2"], SourceConfig(["a.tar"], 2.0)),
+        (["data.train.web.weight=2", "data.train=[a.tar]"], SourceConfig(["a.tar"])),
+    ],
+)
+def test_a_list_takes_the_place_of_all_sources_before_it(
+    tmp_path: Path, overrides: list[str], source: SourceConfig
+) -> None:
+    assert load_config(recipe_of(tmp_path, MIXTURE), overrides).data.train == {"train": source}
+
+
+@pytest.mark.parametrize("data", ["null", "5", "[1]", "${model}"])
+def test_a_list_on_the_command_line_does_not_hide_that_the_recipe_is_wrong(tmp_path: Path, data: str) -> None:
+    message = refusal("data.train=[a.tar]", recipe=written(tmp_path, f"data: {data}\n"))
+    assert message.startswith("data")
+
+
+def test_typos_within_a_source_are_named(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "{web: {shards: [a.tar], wieght: 2}, b: {shrads: [b.tar]}}")
+    lines = refusal("data.train.web.max_epoch=2", "data.train.web.requires=[text]", recipe=recipe).splitlines()
+    assert lines == [
+        f"{recipe}: unknown key 'data.train.web.wieght'; did you mean 'data.train.NAME.weight'?",
+        f"{recipe}: unknown key 'data.train.b.shrads'; did you mean 'data.train.NAME.shards'?",
+        "command line: unknown key 'data.train.web.max_epoch'; did you mean 'data.train.NAME.max_epochs'?",
+        "command line: unknown key 'data.train.web.requires'; did you mean 'data.train.NAME.require'?",
+    ]
+
+
+def test_a_weight_for_some_sources_only_is_refused(tmp_path: Path) -> None:
+    some = recipe_of(tmp_path, "{a: {shards: [a.tar], weight: 2}, b: {shards: [b.tar]}, c: {shards: [c.tar]}}")
+    assert refusal(recipe=some) == "data.train: give all sources a weight, or none"
+    assert refusal("data.train.b.weight=1", recipe=some) == "data.train: give all sources a weight, or none"
+    weights = load_config(some, ["data.train.b.weight=1", "data.train.c.weight=1"]).data.train
+    assert [source.weight for source in weights.values()] == [2, 1, 1]
+    none = load_config(some, ["data.train.a.weight=null"]).data.train
+    assert [source.weight for source in none.values()] == [None] * 3
+
+
+# --- Recipes
 
 
 def test_a_missing_recipe_names_its_path(tmp_path: Path) -> None:
@@ -228,6 +387,14 @@ def test_an_override_that_is_no_yaml_is_not_blamed_on_the_recipe() -> None:
         [],
         ["data.views.audio=null", "eval.label=null", "train.threads=3", "tokenizer.train=null", "tokenizer.name=a/b"],
         ["out='1e3'", "eval.classes=['yes', 'null', '1', '', 'a: b', '007', '#x', 'ä']", "train.learning_rate=1e-5"],
+        [
+            "data.train={web: {shards: ['s3://b/{0..9}.tar', 'a b.tar'], weight: 3, require: [text, image]}}",
+            "data.train.train={weight: 0.1, max_epochs: 2}",
+            "data.batching=homogeneous",
+            "data.lanes=4",
+            "data.cache=kept/here",
+        ],
+        ["data.train={'null': {shards: ['1']}, 'a.b': {shards: ['null']}, '1': {shards: ['$HOME', '~']}}"],
         ["eval.templates=['{}', '\"{}\"', '{}: a']", "train.weight_decay=1e-12", "seed=4294967295"],
     ],
 )
@@ -257,6 +424,7 @@ def test_every_setting_has_a_docstring(cls: Any) -> None:
 def test_the_walk_over_settings_finds_them_all() -> None:
     names = {cls.__name__ for cls in nested(Config)}
     assert {"Config", "TrainConfig", "Views", "ImageView", "AudioView", "MaskedRegionConfig", "EvalConfig"} <= names
+    assert "SourceConfig" in names
 
 
 def test_the_digits_recipe_asks_for_what_the_digits_are() -> None:

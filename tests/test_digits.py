@@ -214,7 +214,7 @@ def test_another_recipe_replaces_the_shards(small: None, tmp_path: Path) -> None
 
     second = build(tmp_path, pairings=1)
     assert [path.name for path in second["train"]] == ["train-00000.tar"]
-    assert sorted(path.name for path in tmp_path.glob("train-*")) == ["train-00000.tar", "train-00000.tar.index.json"]
+    assert sorted(path.name for path in tmp_path.glob("train-*")) == ["train-00000.tar", "train-00000.tar.index.jsonl"]
     assert len(read(second["train"])) == 30
     assert second["val"][0].read_bytes() == val  # what is scored does not depend on how often training pairs
 

@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pretrain.engine
+from data.index import index_path, load_index
 from data.shards import write_shards
+from data.skips import Skipped, StreamError
+from data.stream import SourceConfig
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
@@ -26,6 +29,7 @@ from pretrain.engine import (
     step_seed,
 )
 from pretrain.progress import Progress, duration
+from pretrain.run import skipped_samples
 from tests.tiny import BATCH_SIZE, COUNTS, STEPS, tiny_config, tiny_encoder, tiny_tokenizer, tiny_trained_state
 
 
@@ -49,10 +53,12 @@ def cut_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Let training end in the middle of a step."""
     update = Progress.update
 
-    def maybe(self: Progress, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
+    def maybe(
+        self: Progress, values: Mapping[str, Tensor | float], skipped: Sequence[Skipped] = ()
+    ) -> dict[str, float] | None:
         if self.step + 1 == step:
             raise PowerCutError
-        return update(self, values)
+        return update(self, values, skipped)
 
     patch.setattr(Progress, "update", maybe)
 
@@ -171,6 +177,9 @@ def test_every_line_of_metrics_is_there_once_and_the_same(whole: Run, resumed: R
     assert a == b
     losses = {"image_text", "image_audio", "text_audio", "masked_language", "masked_image", "masked_audio"}
     for line in whole.metrics():
+        assert (line.pop("skipped"), line.pop("skipped_samples")) == (0, [])
+        assert 0 <= line.pop("cut_text") <= 1
+        assert line.pop("cut_audio") == 0
         assert line.keys() == {"step", "loss", "gradient_norm", "learning_rate"} | losses | timing
         assert all(math.isfinite(value) for value in line.values())
         assert 0 <= line["data_wait"] <= 1
@@ -246,7 +255,8 @@ def test_resume_none_is_content_with_a_new_folder(tmp_path: Path) -> None:
     [
         ("seed=1", "seed: 0 then, 1 now"),
         ("train.batch_size=4", "train.batch_size: 8 then, 4 now"),
-        ("data.train=[train-00000.tar]", "training shards: "),
+        ("data.train=[train-00000.tar]", r"data\.train\.train\.samples: 48 in 2 shards, sha256 \w+ then, 30 in 1 "),
+        ("data.window=3", "data.window: 64 then, 3 now"),
         ("model.depth=1", "model.depth: 2 then, 1 now"),
         ("model.heads=4", "model.heads: 2 then, 4 now"),  # the tensors would fit
         ("objectives.masked_region.weight=2.0", "objectives.masked_region.weight: 1.0 then, 2.0 now"),
@@ -257,12 +267,56 @@ def test_a_refused_resume_leaves_the_run_as_it_was(whole: Run, override: str, wo
     files = {name: (whole.out / name).read_bytes() for name in ("config.yaml", "env.json", "metrics.jsonl")}
     config = load_config(whole.out / "config.yaml", [override])
     try:
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises((CheckpointError, StreamError), match=words):
             pretrain.engine.pretrain(config)
         assert [name for name in files if (whole.out / name).read_bytes() != files[name]] == []
     finally:
         for name, content in files.items():
             (whole.out / name).write_bytes(content)
+
+
+def test_skipped_samples_stand_in_the_metrics_and_in_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, "train.steps=8")
+    shard = tmp_path / "train-00000.tar"
+    content = bytearray(shard.read_bytes())
+    sample = load_index(shard).samples[4]
+    offset, _ = sample.members["png"]
+    content[offset : offset + 8] = bytes(8)
+    shard.write_bytes(content)
+    index_path(shard).unlink()
+
+    checkpoint = pretrain.engine.pretrain(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [len(line["skipped_samples"]) for line in lines]
+    # 8 steps of 8 are an epoch of 48 and a third of the next.
+    entries = [entry for line in lines for entry in line["skipped_samples"]]
+    assert entries[0] == ["train", str(shard), sample.key, "ImageError", 1]
+    state = json.loads((checkpoint / "stream.json").read_text())
+    assert state["skipped"] == [["train", str(shard), sample.key, "ImageError", len(entries)]]
+    assert "SKIPPED 1 samples" in capsys.readouterr().out
+    assert "ImageError" in skipped_samples(checkpoint)
+    assert sample.key in skipped_samples(checkpoint)
+
+
+def test_other_data_may_begin_a_new_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain.engine.pretrain(tiny_config(tmp_path, "train.steps=4"))
+    changes = ["data.train=[train-00000.tar]", "train.batch_size=6", "train.steps=6"]
+    with pytest.raises(StreamError, match=r"data\.allow_changed=true"):
+        pretrain.engine.pretrain(tiny_config(tmp_path, *changes))
+    checkpoint = pretrain.engine.pretrain(tiny_config(tmp_path, *changes, "data.allow_changed=true"))
+    shown = capsys.readouterr().out
+    assert "the data have changed, a new pass over them begins:" in shown
+    assert "train.batch_size: 8 then, 6 now" in shown
+    state = json.loads((checkpoint / "stream.json").read_text())
+    assert (state["step"], state["pass"], state["pass_began"]) == (6, 1, 4)
+
+
+def test_steps_beyond_the_last_epoch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps=12, but max_epochs of all sources end at step 6"):
+        pretrain.engine.pretrain(tiny_config(tmp_path, "data.train.train.max_epochs=1"))
+    pretrain.engine.pretrain(tiny_config(tmp_path, "data.train.train.max_epochs=1", "train.steps=6"))
 
 
 def test_fewer_steps_than_are_done_are_refused(whole: Run) -> None:
@@ -278,7 +332,7 @@ def test_a_modality_that_no_sample_has_is_refused(tmp_path: Path, capsys: pytest
         {"__key__": f"{i}", "txt": b"words", "mp3": b"no decoder reads it", "cls": b"1"} for i in range(4)
     ]
     (shard,) = write_shards(shards, tmp_path / "other" / "train", max_samples=10)
-    config.data.train = [str(shard)]
+    config.data.train = {"other": SourceConfig([str(shard)])}
     with pytest.raises(ConfigError, match=r"data\.views\.image is in use, but no .*; not read are \.cls, \.mp3"):
         pretrain.engine.pretrain(config)
     config.data.views.image = config.data.views.audio = None

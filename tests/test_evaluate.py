@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data.batch import Field
 from data.shards import write_shards
-from data.stream import Source, StreamError
+from data.source import SampleError, Source
+from data.transforms import make_field
 from eval.features import Features, content_ids, extract
 from eval.report import Results, table, write_results
 from eval.run import EvalConfig, EvaluationError, evaluate, label_ids, main, random_encoder
@@ -75,9 +76,9 @@ def by_hand(tiny: Tiny, source: Source, modality: str) -> tuple[torch.Tensor, to
     view = VIEWS.used[modality]
     rows = []
     for shard, sample in source.places():
-        members = source.members(shard, sample, (modality,))
-        if modality in members:
-            field = view.stack([view.sample(members[modality], None)], tiny.tokenizer)
+        values = source.values(shard, sample, {modality: view}, training=False)
+        if modality in values:
+            field = make_field(view, [values[modality]], tiny.tokenizer)
             field = view.on_device()(field)
             with torch.inference_mode():
                 rows.append(tiny.encoder(modality, field))
@@ -252,7 +253,7 @@ def test_no_label_is_refused(tiny: Tiny) -> None:
 
 
 def test_a_label_that_samples_lack_is_named(tiny: Tiny) -> None:
-    with pytest.raises(StreamError, match=r"train-000 has no 'species'.*label, name"):
+    with pytest.raises(SampleError, match=r"train-000, no 'species'.*label, name"):
         evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig("species"), CPU, 0)
 
 

@@ -14,9 +14,9 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase, PreTrained
 
 import pretrain.export
 from data.batch import Batch
+from data.batches import Row, collate
 from data.decode import Waveform
-from data.stream import Sample, collate
-from data.transforms import SAMPLE_RATE, OnDevice
+from data.transforms import SAMPLE_RATE, OnDevice, make_field
 from pretrain.export import ExportError, export, main, verify
 from pretrain.model.encoder import Encoder
 from tests.tiny import MODEL, VIEWS, picture, tiny_encoder, tiny_tokenizer, tone
@@ -84,14 +84,15 @@ class Exported(NamedTuple):
 def views_of(pictures: list[Image.Image], sounds: list[Any], tokenizer: PreTrainedTokenizerBase) -> Batch:
     """Raw values through our own deterministic views."""
     raw = [
-        {"image": image, "text": text.strip(), "audio": Waveform(sound.astype(np.float32) / 32768, SAMPLE_RATE)}
+        {
+            "image": np.asarray(image),
+            "text": text.strip(),
+            "audio": Waveform(sound.astype(np.float32) / 32768, SAMPLE_RATE),
+        }
         for image, text, sound in zip(pictures, TEXTS, sounds, strict=True)
     ]
-    samples = [
-        Sample(str(i), {name: view.sample(values[name], None) for name, view in VIEWS.used.items()})
-        for i, values in enumerate(raw)
-    ]
-    batch: Batch = OnDevice(VIEWS)(collate(samples, VIEWS, tokenizer))
+    rows = [Row(str(i), values) for i, values in enumerate(raw)]
+    batch: Batch = OnDevice(VIEWS)(collate(rows, len(rows), VIEWS, tokenizer, training=False))
     return batch
 
 
@@ -209,7 +210,8 @@ def test_a_grey_image_is_read_as_in_training(exported: Exported) -> None:
     view = VIEWS.image
     assert view is not None
     grey = picture(1, np.random.default_rng(0)).convert("L")
-    expected = view.sample(grey.convert("RGB"), None).float() / 127.5 - 1
+    pixels = make_field(view, [np.asarray(grey.convert("RGB"))], exported.tokenizer)
+    expected = view.on_device()(pixels).x[0]
     assert (processor(grey, return_tensors="pt")["pixel_values"][0] - expected).abs().max() <= 1e-6
 
 

@@ -4,19 +4,32 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
+import fsspec
 import pytest
 import webdataset
 
+import data.index
+from data.cache import Cache
+from data.fetch import FetchError
 from data.index import (
+    Sample,
+    Shard,
     ShardError,
     ShardIndex,
     build_index,
     find_shards,
     index_path,
     load_index,
+    load_lines,
+    load_samples,
+    load_shard,
+    load_shards,
+    parse_sample,
     verify,
     write_index,
 )
@@ -45,7 +58,7 @@ def tar(tmp_path: Path) -> Path:
 
 
 def read(index: ShardIndex) -> dict[str, dict[str, bytes]]:
-    content = index.path.read_bytes()
+    content = Path(index.location).read_bytes()
     return {
         key: {extension: content[offset : offset + size] for extension, (offset, size) in members.items()}
         for key, members in index.samples
@@ -138,6 +151,16 @@ def test_every_damaged_header_is_refused(tar: Path) -> None:
                 build_index(tar)
 
 
+def test_a_damaged_extended_header_is_refused(tmp_path: Path) -> None:
+    # tarfile itself lets the ValueError of such a number through.
+    odd = tarfile.TarInfo("0.txt")
+    odd.pax_headers = {"GNU.sparse.map": "no numbers"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(odd)
+    with pytest.raises(ShardError, match=r"x\.tar: truncated or damaged at byte 0\b"):
+        build_index(tmp_path / "x.tar")
+
+
 def test_a_zeroed_stretch_is_not_taken_for_the_end(tar: Path) -> None:
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as archive:
@@ -208,7 +231,7 @@ def test_a_file_without_samples_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_missing_shard_and_folder_name_the_path(tmp_path: Path) -> None:
-    for load in (build_index, load_index):
+    for load in (build_index, load_index, load_shard):
         with pytest.raises(ShardError, match=r"gone\.tar: no such shard"):
             load(tmp_path / "gone.tar")
         with pytest.raises(ShardError, match=rf"{tmp_path.name}: a folder"):
@@ -218,14 +241,13 @@ def test_missing_shard_and_folder_name_the_path(tmp_path: Path) -> None:
 def test_load_writes_at_first_sight_and_then_reads(tar: Path) -> None:
     first = load_index(tar)
     assert first == build_index(tar)
-    assert json.loads(index_path(tar).read_text())["schema"] == 1
 
     # With as many other bytes, only a loader that read the file beside would return the same again.
     before = tar.stat()
     tar.write_bytes(bytes(first.size))
     os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert load_index(tar) == first
-    assert sorted(path.name for path in tar.parent.iterdir()) == [tar.name, f"{tar.name}.index.json"]
+    assert sorted(path.name for path in tar.parent.iterdir()) == [tar.name, f"{tar.name}.index.jsonl"]
 
 
 def test_a_shard_written_anew_with_the_same_size_is_refused(tar: Path) -> None:
@@ -289,30 +311,336 @@ def test_verify_sees_one_changed_bit(tar: Path) -> None:
             look()
 
 
+def test_the_file_is_a_head_and_a_line_per_sample(tar: Path) -> None:
+    write_index(build_index(tar))
+    head, *lines = index_path(tar).read_text().splitlines()
+    assert json.loads(head) == {
+        "schema": 2,
+        "size": tar.stat().st_size,
+        "sha256": hashlib.sha256(tar.read_bytes()).hexdigest(),
+        "samples": 3,
+        "members": {"png": 1, "seg.png": 1, "txt": 3},
+    }
+    assert [json.loads(line) for line in lines] == [
+        [sample.key, {extension: list(place) for extension, place in sample.members.items()}]
+        for sample in build_index(tar).samples
+    ]
+    assert index_path(tar).read_bytes().endswith(b"]\n")
+
+
+def test_keys_with_line_breaks_and_quotes_stay_one_line(tmp_path: Path) -> None:
+    names = ["a\nb.txt", 'c"d.txt', "e\u2028f.txt", "größe.txt"]
+    tar = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    load_index(tar)
+    assert [sample.key for sample in load_index(tar).samples] == [name.removesuffix(".txt") for name in names]
+
+
+def test_names_that_are_no_utf8_keep_their_bytes(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("größe.txt"))
+    for _ in range(2):
+        (sample,) = load_index(tmp_path / "x.tar").samples
+        assert sample.key.encode("utf-8", "surrogateescape") == "größe".encode("latin-1")
+
+
+def damage(tar: Path, line: int, content: bytes | None) -> None:
+    """Put ``content`` in the place of a line of the shard's index; None removes the line."""
+    write_index(build_index(tar))
+    lines = index_path(tar).read_bytes().splitlines()
+    lines[line : line + 1] = [] if content is None else [content]
+    index_path(tar).write_bytes(b"\n".join([*lines, b""]))
+
+
+def test_only_the_head_is_read_before_samples_are_asked_for(tar: Path) -> None:
+    damage(tar, 2, b"no JSON")
+    shard = load_shard(tar)
+    assert shard == build_index(tar).shard
+    assert shard == Shard(str(tar), tar.stat().st_size, shard.sha256, 3, {"png": 1, "seg.png": 1, "txt": 3})
+
+    lines = load_lines(shard)
+    assert parse_sample(shard, lines[0]) == build_index(tar).samples[0]
+    for load in (lambda: load_samples(shard), lambda: load_index(tar)):
+        with pytest.raises(ShardError, match=r"train-00000\.tar: malformed index .*delete its \.index\.jsonl file"):
+            load()
+
+
+def test_the_samples_are_those_of_the_tar(tar: Path) -> None:
+    assert load_samples(load_shard(tar)) == build_index(tar).samples == load_samples(load_shard(tar))
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 2},
+        {"schema": 1},
+        {"schema": "2"},
+        {"schema": None},
         {"size": None},
-        {"samples": 3},
-        {"samples": [["0", {"txt": [512]}]]},
-        {"samples": [["0", {"txt": [512, 10**9]}]]},
-        {"samples": [["0", {"txt": [-1, 1]}]]},
+        {"size": 10240.0},
+        {"size": float("inf")},
+        {"samples": -1},
+        {"samples": 0},
+        {"samples": True},
+        {"samples": "3"},
+        {"members": None},
+        {"members": ["png"]},
+        {"members": {"png": -1}},
     ],
 )
-def test_an_index_that_is_none_is_named(tar: Path, change: dict[str, object]) -> None:
+def test_a_head_that_is_none_is_named(tar: Path, change: dict[str, object]) -> None:
+    head = json.loads(json.dumps({"schema": 2, **build_index(tar).shard._asdict()})) | change
+    damage(tar, 0, json.dumps(head).encode())
+    with pytest.raises(ShardError, match=r"train-00000\.tar\.index\.jsonl: .*delete it to re-index"):
+        load_shard(tar)
+
+
+@pytest.mark.parametrize("key", ["schema", "size", "sha256", "samples", "members"])
+def test_a_head_that_lacks_a_key_is_named(tar: Path, key: str) -> None:
+    head = {"schema": 2, **build_index(tar).shard._asdict()}
+    del head[key]
+    damage(tar, 0, json.dumps(head).encode())
+    with pytest.raises(ShardError, match=rf"train-00000\.tar\.index\.jsonl: malformed index \(KeyError\('{key}'\)\)"):
+        load_shard(tar)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'"x"', b"null", b"\xff\xfe", b"[" * 100_000])
+def test_an_index_that_is_no_json_object_is_named(tar: Path, content: bytes) -> None:
+    index_path(tar).write_bytes(content)
+    with pytest.raises(ShardError, match=r"train-00000\.tar\.index\.jsonl: malformed"):
+        load_shard(tar)
+
+
+def test_an_index_that_cant_be_opened_is_named(tar: Path) -> None:
+    index_path(tar).mkdir()
+    with pytest.raises(ShardError, match=r"train-00000\.tar\.index\.jsonl: Is a directory"):
+        load_shard(tar)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{}",
+        b"null",
+        b'["0"]',
+        b'["0", {}, 1]',
+        b'["0", ["txt"]]',
+        b'["0", {"txt": 512}]',
+        b'["0", {"txt": [512]}]',
+        b'["0", {"txt": [512, 3, 1]}]',
+        b'["0", {"txt": "12"}]',
+        b'["0", {"txt": [512.0, 3]}]',
+        b'["0", {"txt": [true, 3]}]',
+        b'["0", {"txt": [Infinity, 3]}]',
+        b'["0", {"txt": [-1, 1]}]',
+        b'["0", {"txt": [512, -1]}]',
+        b'["0", {"txt": [512, 1000000000]}]',
+        b'["0", {"png": [512, 3], "txt": [1000000000, 0]}]',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
+def test_a_line_that_is_no_sample_of_the_shard_is_named(tar: Path, line: bytes) -> None:
+    damage(tar, 1, line)
+    shard = load_shard(tar)
+    with pytest.raises(ShardError, match=r"train-00000\.tar: malformed index \("):
+        parse_sample(shard, load_lines(shard)[0])
+
+
+def test_a_member_may_reach_to_the_last_byte_but_not_further() -> None:
+    shard = Shard("x.tar", 1024, "", 1, {"txt": 1})
+    assert parse_sample(shard, b'["0",{"txt":[512,512],"png":[1024,0]}]') == Sample(
+        "0", {"txt": (512, 512), "png": (1024, 0)}
+    )
+    for place in (b"[512,513]", b"[1025,0]"):
+        with pytest.raises(ShardError, match=r"x\.tar: malformed index .*sample '0' reaches outside of the shard"):
+            parse_sample(shard, b'["0",{"txt":%s}]' % place)
+
+
+@pytest.mark.parametrize(("line", "content", "count"), [(3, None, 2), (1, None, 2), (3, b'["x",{}]\n["y",{}]', 4)])
+def test_too_few_and_too_many_lines_are_counted(tar: Path, line: int, content: bytes | None, count: int) -> None:
+    damage(tar, line, content)
+    shard = load_shard(tar)
+    with pytest.raises(ShardError, match=rf"tar\.index\.jsonl: malformed index \({count} of 3 samples\); delete it"):
+        load_lines(shard)
+
+
+def test_an_index_that_was_cut_anywhere_is_refused(tar: Path) -> None:
     write_index(build_index(tar))
-    beside = index_path(tar)
-    beside.write_text(json.dumps(json.loads(beside.read_text()) | change))
-    with pytest.raises(ShardError, match=r"train-00000\.tar\.index\.json: .*delete it"):
-        load_index(tar)
+    whole = index_path(tar).read_bytes()
+    for cut in range(len(whole) - 1):  # without the last line break nothing is missing
+        index_path(tar).write_bytes(whole[:cut])
+        with pytest.raises(ShardError, match="malformed index"):
+            load_index(tar)
+    index_path(tar).write_bytes(whole[:-1])
+    assert load_index(tar) == build_index(tar)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "\ufffd"])
-def test_an_index_that_is_no_json_object_is_named(tar: Path, text: str) -> None:
-    index_path(tar).write_text(text)
-    with pytest.raises(ShardError, match=r"train-00000\.tar\.index\.json: malformed"):
-        load_index(tar)
+def test_an_index_that_changes_while_it_is_in_use_is_refused(tar: Path) -> None:
+    shard = load_shard(tar)
+    write_tar(tar, [("other.txt", b"with another content")])
+    write_index(build_index(tar))
+    for load in (load_lines, load_samples):
+        with pytest.raises(ShardError, match=r"train-00000\.tar\.index\.jsonl: changed while it was in use"):
+            load(shard)
+
+
+def test_an_index_that_vanishes_while_it_is_in_use_is_made_again_if_the_shard_is_the_same(tar: Path) -> None:
+    shard = load_shard(tar)
+    index_path(tar).unlink()
+    assert load_samples(shard) == build_index(tar).samples
+
+    index_path(tar).unlink()
+    write_tar(tar, [("other.txt", b"with another content")])
+    with pytest.raises(ShardError, match="changed while it was in use"):
+        load_samples(shard)
+
+
+def test_many_shards_keep_their_order_and_the_bad_one_is_named(tmp_path: Path) -> None:
+    tars = [str(write_tar(tmp_path / f"{i}.tar", [(f"k{j}.txt", b"") for j in range(i + 1)])) for i in range(4)]
+    shards = load_shards([*tars[::-1]])
+    assert [(shard.location, shard.samples) for shard in shards] == [(tars[i], i + 1) for i in (3, 2, 1, 0)]
+    assert load_shards([]) == []
+
+    with pytest.raises(ShardError, match=r"gone\.tar: no such shard"):
+        load_shards([*tars, str(tmp_path / "gone.tar")])
+
+
+def test_threads_that_see_a_shard_for_the_first_time_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = write_tar(tmp_path / "x.tar", [(f"{i:04d}.txt", b"") for i in range(300)])
+    all_have_written, replace = Barrier(4, timeout=10), Path.replace
+
+    def together(self: Path, target: Path) -> Path:
+        all_have_written.wait()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", together)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load_index(tar), range(4)))
+    assert len(loaded[0].samples) == 300
+    assert all(index == loaded[0] for index in loaded)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.tar", "x.tar.index.jsonl"]
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[str]:
+    """A URL under which nothing is stored yet."""
+    fs = fsspec.filesystem("memory")
+    url = f"memory://{tmp_path.name}"
+    yield url
+    if fs.exists(url):
+        fs.rm(url, recursive=True)
+
+
+def upload(path: Path, url: str) -> str:
+    fsspec.filesystem("memory").pipe_file(url, path.read_bytes())
+    return url
+
+
+def stored(bucket: str) -> list[str]:
+    return sorted(Path(name).name for name in fsspec.filesystem("memory").find(bucket))
+
+
+def forbidden(*args: object) -> None:
+    raise AssertionError(f"read {args}")
+
+
+def build_summary(tar: Path) -> Shard:
+    """What the index says, from the tar itself."""
+    sha256 = hashlib.sha256(tar.read_bytes()).hexdigest()
+    return Shard(str(tar), tar.stat().st_size, sha256, 3, {"png": 1, "seg.png": 1, "txt": 3})
+
+
+def test_a_remote_shard_with_an_index_beside_it_is_not_read(
+    tar: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_index(build_index(tar))
+    url = upload(tar, f"{bucket}/a.tar")
+    upload(index_path(tar), f"{url}.index.jsonl")
+    monkeypatch.setattr(data.index, "open_binary", forbidden)
+    for cache in (None, Cache(tmp_path / "cache", 10**6)):
+        assert load_shard(url, cache) == build_summary(tar)._replace(location=url)
+        assert load_index(url, cache).samples == load_index(tar).samples
+    assert stored(bucket) == ["a.tar", "a.tar.index.jsonl"]
+
+
+def test_a_remote_shard_without_an_index_gets_none_beside_it(tar: Path, bucket: str) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    assert load_index(url) == build_index(tar)._replace(location=url)
+    assert load_samples(load_shard(url)) == build_index(tar).samples
+    verify(load_index(url))
+    assert stored(bucket) == ["a.tar"]
+
+
+def test_the_cache_keeps_the_index_of_a_remote_shard(
+    tar: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    cache = Cache(tmp_path / "cache", 10**6)
+    first = load_index(url, cache)
+    assert first == build_index(tar)._replace(location=url)
+    assert stored(bucket) == ["a.tar"]
+    assert [path for path in cache.folder.iterdir() if path.is_file()] == [cache.index_of(url)]
+
+    # The next process reads the shard no more.
+    monkeypatch.setattr(data.index, "open_binary", forbidden)
+    assert load_index(url, Cache(tmp_path / "cache", 10**6)) == first
+    with pytest.raises(AssertionError, match="read"):
+        load_shard(url)  # nothing was kept elsewhere
+
+
+def test_a_remote_shard_of_another_size_is_refused_and_its_index_named(tar: Path, bucket: str, tmp_path: Path) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    cache = Cache(tmp_path / "cache", 10**6)
+    size = load_shard(url, cache).size
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    upload(tar, url)
+    with pytest.raises(ShardError, match=rf"a\.tar: changed.*{size} bytes then, {size + 512} now") as error:
+        load_shard(url, cache)
+    assert f"delete {cache.index_of(url)}" in str(error.value)
+
+    cache.index_of(url).unlink()
+    assert load_shard(url, cache).size == size + 512
+
+
+def test_a_remote_shard_whose_index_is_damaged_is_refused(tar: Path, bucket: str) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    damage(tar, 1, None)
+    upload(index_path(tar), f"{url}.index.jsonl")
+    shard = load_shard(url)
+    with pytest.raises(ShardError, match=r"a\.tar\.index\.jsonl: malformed index \(2 of 3 samples\)"):
+        load_samples(shard)
+
+    damage(tar, 0, b"{}")
+    upload(index_path(tar), f"{url}.index.jsonl")
+    with pytest.raises(ShardError, match=r"a\.tar\.index\.jsonl: malformed index"):
+        load_shard(url)
+
+
+@pytest.mark.parametrize("load", [build_index, load_index, load_shard])
+def test_a_remote_shard_that_is_not_there_is_named(bucket: str, load: Callable[[str], object]) -> None:
+    with pytest.raises(ShardError, match=rf"^{bucket}/gone\.tar: no such shard$"):
+        load(f"{bucket}/gone.tar")
+
+
+def test_a_remote_index_without_its_shard_is_no_shard(tar: Path, bucket: str) -> None:
+    write_index(build_index(tar))
+    upload(index_path(tar), f"{bucket}/a.tar.index.jsonl")
+    with pytest.raises(ShardError, match=r"a\.tar: no such shard, though its index is there"):
+        load_shard(f"{bucket}/a.tar")
+
+
+def test_many_remote_shards_are_indexed_at_once_and_in_order(tmp_path: Path, bucket: str) -> None:
+    urls = []
+    for i in range(20):
+        tar = write_tar(tmp_path / "x.tar", [(f"{i}-{j}.txt", b"") for j in range(i + 1)])
+        urls.append(upload(tar, f"{bucket}/{i:02d}.tar"))
+    cache = Cache(tmp_path / "cache", 10**6)
+    for _ in range(2):  # from the shards, from the cache
+        shards = load_shards(urls, cache)
+        assert [(shard.location, shard.samples) for shard in shards] == [(url, i + 1) for i, url in enumerate(urls)]
+    assert load_samples(shards[7], cache)[7].key == "7-7"
+    files = [path for path in cache.folder.iterdir() if path.is_file()]
+    assert sorted(files) == sorted(map(cache.index_of, urls))
 
 
 @pytest.fixture
@@ -322,30 +650,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     inside.mkdir()
     for name in ("train-00000", "train-00001", "train-00002", "val-00000", ".train-00003"):
         (inside / f"{name}.tar").touch()
-    (inside / "train-00000.tar.index.json").touch()
+    (inside / "train-00000.tar.index.jsonl").touch()
     (inside / "train-9.tar").mkdir()
     monkeypatch.chdir(inside)
     return inside
 
 
-def names(shards: list[Path]) -> list[str]:
-    return [str(shard) for shard in shards]
-
-
 def test_find_keeps_the_patterns_order_and_sorts_within(folder: Path) -> None:
     train = ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
-    assert names(find_shards(["val-00000.tar", "train-*.tar*"])) == ["val-00000.tar", *train]
-    assert names(find_shards(["train-{00002..00000}.tar"])) == train
-    assert names(find_shards(["{train,val}-*0.tar"])) == [train[0], "val-00000.tar"]
-    assert names(find_shards(["../*/val-*.tar"])) == ["../here/val-00000.tar"]
-    assert find_shards([f"{folder}/train-*.tar"]) == [folder / name for name in train]
+    assert find_shards(["val-00000.tar", "train-*.tar*"]) == ["val-00000.tar", *train]
+    assert find_shards(["train-{00002..00000}.tar"]) == train
+    assert find_shards(["{train,val}-*0.tar"]) == [train[0], "val-00000.tar"]
+    assert find_shards(["../*/val-*.tar"]) == ["../here/val-00000.tar"]
+    assert find_shards([f"{folder}/train-*.tar"]) == [f"{folder}/{name}" for name in train]
     assert find_shards([]) == []
+
+
+@pytest.mark.parametrize("name", [".", "../here", "../here/"])
+def test_find_says_how_to_name_the_shards_of_a_folder(folder: Path, name: str) -> None:
+    with pytest.raises(ShardError) as error:
+        find_shards([name])
+    assert str(error.value) == f"{name}: a folder; name the shards in it, such as '{name.rstrip('/')}/*.tar'"
 
 
 def test_find_takes_an_existing_name_as_it_is(folder: Path) -> None:
     for name in ("x-[1].tar", "x-{0..1}.tar", "x-*.tar"):
         (folder / name).touch()
-        assert names(find_shards([name])) == [name]
+        assert find_shards([name]) == [name]
 
 
 @pytest.mark.parametrize(
@@ -373,10 +704,44 @@ def test_find_refuses_duplicates(folder: Path, patterns: list[str]) -> None:
         find_shards(patterns)
 
 
-@pytest.mark.parametrize("pattern", ["https://x.org/a.tar", "s3://b/{0..1}.tar", "pipe:cat a.tar", "file:///a.tar"])
-def test_find_refuses_what_is_not_local(pattern: str) -> None:
-    with pytest.raises(ShardError, match="only local paths"):
+def test_find_takes_urls(folder: Path, tar: Path, bucket: str) -> None:
+    a, b, c = (upload(tar, f"{bucket}/{name}.tar") for name in ("x-0", "x-1", "y-0"))
+    upload(tar, f"{a}.index.jsonl")
+    assert find_shards([f"{bucket}/y-0.tar", f"{bucket}/x-*.tar"]) == [c, a, b]
+    assert find_shards([f"{bucket}/x-{{1..0}}.tar"]) == [a, b]
+    assert find_shards([f"{bucket}/*-0.tar*"]) == [a, c]
+    assert find_shards([f"{bucket}/{{x,y}}-0.tar", "val-*.tar"]) == [a, c, "val-00000.tar"]
+    with pytest.raises(ShardError, match=r"x-0\.tar: named twice, by '.*/x-\*\.tar' and by '.*/x-0\.tar'"):
+        find_shards([f"{bucket}/x-*.tar", a])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "missing"),
+    [("x-7.tar", "x-7.tar"), ("x-{0..2}.tar", "x-1.tar"), ("z-*.tar", "z-*.tar"), ("x-0.tar.index.jsonl*", "x-0.")],
+)
+def test_find_names_the_url_that_names_nothing(tar: Path, bucket: str, pattern: str, missing: str) -> None:
+    upload(tar, f"{bucket}/x-0.tar")
+    upload(tar, f"{bucket}/x-0.tar.index.jsonl")
+    with pytest.raises(FetchError) as error:
+        find_shards([f"{bucket}/{pattern}"])
+    assert str(error.value).startswith(f"{bucket}/{missing}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("pipe:cat a.tar", "commands are never run"),
+        ("{pipe:cat,pipe:tac} a.tar", "commands are never run"),
+        ("file:///a.tar", "scheme 'file' is not supported"),
+        ("ftp://x.org/{0..1}.tar", "scheme 'ftp' is not supported"),
+        ("simplecache::memory://a.tar", "chaining"),
+        ("https://user:secret@x.org/a.tar", "password"),
+    ],
+)
+def test_find_refuses_urls_of_other_kinds(folder: Path, pattern: str, words: str) -> None:
+    with pytest.raises(FetchError, match=words) as error:
         find_shards([pattern])
+    assert "secret" not in str(error.value)
 
 
 def test_find_refuses_a_single_string_and_open_braces(folder: Path) -> None:

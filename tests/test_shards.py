@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data.index import index_path, load_index
-from data.shards import write_shards
+from data.errors import UserError
+from data.index import build_index, index_path, load_index
+from data.shards import NewShard, packed_size, parse_size, shard_size, write_shards
 
 Sample = dict[str, bytes | str]
 
@@ -135,3 +136,65 @@ def test_shards_that_are_there_are_kept(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["train-00004.tar"]
 
     assert len(write_shards(samples(1), tmp_path / "train-b", max_samples=2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1B", 1),
+        ("500KB", 500_000),
+        ("256MB", 256_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("2tb", 2 * 10**12),
+        ("3KiB", 3072),
+        ("256MiB", 256 * 2**20),
+        ("1GiB", 2**30),
+    ],
+)
+def test_sizes_are_decimal_or_binary(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "256", "MB", "0MB", "-1MB", "1 XB", "1iB", "256M", "1e3KB", "0.1B"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="a number and a unit are needed, such as 500KB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 12])
+def test_the_size_of_a_shard_is_known_before_it_is_written(tmp_path: Path, count: int) -> None:
+    shard = NewShard(tmp_path / "x.tar")
+    for sample in samples(count):
+        before = shard.packed
+        shard.add(sample)
+        assert shard.packed == before + packed_size(sample)
+    index = shard.finish()
+    assert (tmp_path / "x.tar").stat().st_size == shard_size(shard.packed) == index.size
+    assert index == build_index(tmp_path / "x.tar")
+    assert len(index.samples) == shard.samples == count
+
+
+def test_a_sample_fits_to_the_last_byte_and_always_into_an_empty_shard(tmp_path: Path) -> None:
+    shard = NewShard(tmp_path / "x.tar")
+    sample: Sample = {"__key__": "a", "txt": bytes(10240 - 512 - 1024)}
+    assert shard.fits(sample, 1)
+    shard.add(sample)
+    assert not shard.fits({"__key__": "b", "txt": b""}, 20479)
+    assert shard.fits({"__key__": "b", "txt": b""}, 20480)
+    assert not shard.fits({"__key__": "b", "txt": bytes(10240)}, 20480)
+    shard.discard()
+
+
+def test_a_new_shard_is_seen_when_it_is_whole_and_gone_when_discarded(tmp_path: Path) -> None:
+    for finished in (True, False):
+        shard = NewShard(tmp_path / "x.tar")
+        shard.add(samples(1)[0])
+        assert not list(tmp_path.glob("*.tar"))
+        if finished:
+            shard.finish()
+            assert listing(tmp_path) == ["x.tar", "x.tar.index.jsonl"]
+            for path in tmp_path.iterdir():
+                path.unlink()
+        else:
+            shard.discard()
+            assert listing(tmp_path) == []

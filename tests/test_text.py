@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data.text import TokenizerConfig, load_tokenizer, train_tokenizer
-from data.transforms import TextView
+from data.transforms import TextView, make_field
 from tests.samples import CAPTIONS, tokenizer
 
 UNICODE = [
@@ -31,7 +31,7 @@ def test_any_text_comes_back(text: str) -> None:
 def test_a_special_tokens_name_in_a_caption_is_text(token: str, tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     for each in (tokenizer(), load_tokenizer(tmp_path)):
-        ids = TextView().stack([f"a {token} b"], each).x[0].tolist()
+        ids = make_field(TextView(), [f"a {token} b"], each).x[0].tolist()
         assert [i for i in ids if i in each.all_special_ids] == [each.cls_token_id, each.sep_token_id]
         assert each.decode(ids[1:-1]) == f" a {token} b"
 

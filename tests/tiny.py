@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from data.index import find_shards, load_index
+from data.index import find_shards, load_shards
 from data.shards import write_shards
-from data.stream import Source
+from data.source import Source
 from data.text import train_tokenizer
 from data.transforms import AudioView, ImageView, TextView, Views
 from pretrain.config import Config, load_config
@@ -69,7 +69,7 @@ def write_split(folder: Path, split: str) -> list[Path]:
 
 def open_shards(patterns: Sequence[Path]) -> Source:
     """Shards by path."""
-    return Source([load_index(path) for path in find_shards([str(pattern) for pattern in patterns])])
+    return Source(load_shards(find_shards([str(pattern) for pattern in patterns])))
 
 
 def write_recipe(folder: Path, **changes: Any) -> Path:

@@ -25,7 +25,7 @@ import torch
 from data.decode import Waveform, decode_audio
 from data.digits import CLASS_NAMES
 from data.index import build_index
-from data.transforms import AudioView
+from data.transforms import AudioView, make_field
 
 BANK = Path(__file__).with_name("digits-voices.tar")
 RATE = 8000
@@ -61,9 +61,9 @@ def fingerprint(clips: list[Clip]) -> torch.Tensor:
     log_mel = view.on_device()
     steps = []
     for clip in clips:
-        sample = view.sample(Waveform(clip, RATE), None)
-        x = log_mel(view.stack([sample], tokenizer=None)).x[0]  # type: ignore[arg-type]  # sound needs none
-        x = x[: max(1, (len(sample) - 400) // 160 + 1)]
+        field = make_field(view, [Waveform(clip, RATE)], tokenizer=None)  # type: ignore[arg-type]  # sound needs none
+        length = field.x.shape[1] if field.valid is None else int(field.valid.sum())
+        x = log_mel(field).x[0][: max(1, (length - 400) // 160 + 1)]
         steps.append(torch.nn.functional.interpolate(x.T[None], size=12, mode="linear")[0].T)
     spectra = torch.stack(steps)
     return spectra - spectra.mean(dim=(1, 2), keepdim=True)

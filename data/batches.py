@@ -1,0 +1,135 @@
+"""Rows to batches, in this process or ahead in others; and one pass over a source, for evaluation."""
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from data.batch import Batch, Field
+from data.errors import UserError
+from data.skips import Skipped
+from data.source import SampleError, Source
+from data.transforms import Views
+
+
+class Row(NamedTuple):
+    """One decoded sample on its way into a batch.
+
+    Attributes:
+        key: of the sample.
+        values: modality -> decoded member.
+        random: random numbers for the worker's half of the augmentation; None for none.
+        seed: for the device's half.
+    """
+
+    key: str
+    values: dict[str, Any]
+    random: np.random.Generator | None = None
+    seed: int | None = None
+
+
+def collate(
+    rows: Iterable[Row], size: int, views: Views, tokenizer: PreTrainedTokenizerBase, *, training: bool
+) -> Batch:
+    """A batch of ``size`` rows: values are written where the batch has them, of each modality only what is there."""
+    used, rooms = views.used, dict[str, Any]()
+    present: dict[str, list[int]] = {name: [] for name in used}
+    keys, seeds = [], []
+    for number, row in enumerate(rows):
+        for name, value in row.values.items():
+            if name not in rooms:  # not before: shared memory costs time even where nothing is put
+                rooms[name] = used[name].allocate(size, training)
+            used[name].put(rooms[name], len(present[name]), value, row.random)
+            present[name].append(number)
+        keys.append(row.key)
+        seeds.append(row.seed)
+    fields: dict[str, Field] = {
+        name: view.field(rooms[name], len(present[name]), tokenizer)._replace(rows=torch.tensor(present[name]))
+        for name, view in used.items()
+        if name in rooms
+    }
+    return Batch(fields, size, keys, torch.tensor(seeds) if training else None)
+
+
+def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch | UserError]:
+    """Batches in order; an error comes as the last item, the same with and without workers."""
+    loader = DataLoader(
+        _ErrorsAsValues(batches),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        prefetch_factor=max(2, 4 // workers) if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    # What is frozen, a forked worker's garbage collector leaves alone: it would copy all of it by touching it.
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
+
+
+class _ErrorsAsValues(IterableDataset[Any]):
+    """Hands an error on as the last item: raised in a worker, it would come out wrapped in the worker's traceback."""
+
+    def __init__(self, batches: IterableDataset[Batch]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        try:
+            yield from self.batches
+        except UserError as error:
+            yield error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class Pass(IterableDataset[Batch]):
+    """One pass over a source in the order of its shards, in the deterministic views; the last batch may be smaller.
+
+    A sample that can't be used keeps its row, which then has nothing, and is named in the batch's ``skipped``.
+    """
+
+    def __init__(self, source: Source, views: Views, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        super().__init__()
+        self.source = source
+        self.views = views
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        places = list(self.source.places())
+        for start in range(first * self.batch_size, len(places), stride * self.batch_size):
+            chosen = places[start : start + self.batch_size]
+            skipped: list[Skipped] = []
+            rows = (self._row(*place, skipped) for place in chosen)
+            batch = collate(rows, len(chosen), self.views, self.tokenizer, training=False)
+            yield batch._replace(skipped=tuple(skipped))
+
+    def _row(self, shard: int, number: int, skipped: list[Skipped]) -> Row:
+        key = self.source.sample(shard, number).key
+        try:
+            return Row(key, self.source.values(shard, number, self.views.used, training=False))
+        except SampleError as error:
+            skipped.append(Skipped.of(error))
+            return Row(key, {})
+
+    def batches(self, workers: int) -> Iterator[Batch]:
+        """The batches, read by ``workers`` processes; 0: in this one.
+
+        Raises:
+            FetchError, ShardError: a shard that can't be read any more.
+        """
+        for item in read_ahead(self, workers):
+            if isinstance(item, UserError):
+                raise item
+            yield item
