@@ -10,6 +10,7 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -240,26 +241,37 @@ class Reader:
             self._files.clear()
 
     def read(self, shard: Stored, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes of ``shard``, from byte ``offset``.
+        """Exactly ``size`` bytes of ``shard``, from byte ``offset``. Raises what `read_spans` raises."""
+        return self.read_spans(shard, [(offset, size)])[0]
+
+    def read_spans(self, shard: Stored, spans: Iterable[tuple[int, int]]) -> list[bytes]:
+        """The bytes of several (offset, size) of ``shard``.
 
         Raises:
             FetchError: the shard is missing, can't be read, has another size than when it was indexed, or has no
                 such bytes.
         """
-        if offset < 0 or size < 0 or offset + size > shard.size:
-            raise FetchError(
-                f"{masked(shard.location)}: bytes {offset} to {offset + size} are not within its {shard.size}"
-            )
-        if is_url(shard.location) and self.cache is None:
-            return self._read_remote(shard, offset, size)
-        file = self._file(shard)
-        try:
-            data = file.read(offset, size)
-        except OSError as error:
-            raise local_error(shard.location, error) from error
-        if len(data) != size:
-            raise FetchError(f"{shard.location}: changed since it was indexed: it ends at byte {offset + len(data)}")
-        return data
+        remote = self.cache is None and is_url(shard.location)
+        file = None if remote else self._file(shard)
+        contents = []
+        for offset, size in spans:
+            if not 0 <= offset <= offset + size <= shard.size:
+                raise FetchError(
+                    f"{masked(shard.location)}: bytes {offset} to {offset + size} are not within its {shard.size}"
+                )
+            if file is None:
+                contents.append(self._read_remote(shard, offset, size))
+                continue
+            try:
+                data = file.read(offset, size)
+            except OSError as error:
+                raise local_error(shard.location, error) from error
+            if len(data) != size:
+                raise FetchError(
+                    f"{masked(shard.location)}: changed since it was indexed: it ends at byte {offset + len(data)}"
+                )
+            contents.append(data)
+        return contents
 
     def _read_remote(self, shard: Stored, offset: int, size: int) -> bytes:
         # Of a shard that was replaced, a range has the right length and the wrong bytes.

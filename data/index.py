@@ -319,7 +319,7 @@ def parse_sample(shard: Shard, line: bytes) -> Sample:
         ShardError: malformed, or the sample reaches outside of the shard.
     """
     try:
-        key, members = json.loads(line)
+        key, members = json.loads(line.decode())  # of bytes it would guess the encoding
         # Once per sample that is read, so all in one expression.
         spans = {extension: (offset, size) for extension, (offset, size) in members.items()}
         for offset, size in spans.values():
@@ -448,8 +448,8 @@ def find_shards(patterns: Sequence[str]) -> list[str]:
         for shard in _match(pattern):
             real = shard if is_url(shard) else str(Path(shard).resolve())
             if real in matched_by:
-                raise ShardError(f"{shard}: named twice, by {matched_by[real]!r} and by {pattern!r}")
-            matched_by[real] = pattern
+                raise ShardError(f"{masked(shard)}: named twice, by {matched_by[real]!r} and by {masked(pattern)!r}")
+            matched_by[real] = masked(pattern)
             shards.append(shard)
     return shards
 
@@ -463,7 +463,7 @@ def _match(pattern: str) -> list[str]:
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
-        raise ShardError(f"{pattern}: {error}") from error
+        raise ShardError(f"{masked(pattern)}: its braces don't match") from error
     return sorted(shard for name in names for shard in (expand(name) if is_url(name) else _glob(name)))
 
 

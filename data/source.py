@@ -222,12 +222,12 @@ class Source:
                 raise self._bad(shard, sample, error)
         stored = self.shards[shard]
         if self.cache is not None or len(spans) < 2 or not is_url(stored.location):
-            return {extension: self._reader.read(stored, *span) for extension, span in spans.items()}
+            return dict(zip(spans, self._reader.read_spans(stored, spans.values()), strict=True))
         # Over a network a read is a round trip, so members that lie close together are taken in one.
         start = min(offset for offset, _ in spans.values())
         end = max(offset + size for offset, size in spans.values())
         if end - start > sum(size for _, size in spans.values()) + MAX_GAP:
-            return {extension: self._reader.read(stored, *span) for extension, span in spans.items()}
+            return dict(zip(spans, self._reader.read_spans(stored, spans.values()), strict=True))
         content = self._reader.read(stored, start, end - start)
         return {e: content[offset - start : offset - start + size] for e, (offset, size) in spans.items()}
 

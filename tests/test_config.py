@@ -138,6 +138,7 @@ def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None
         ("data.cache_gb=0.0", "above 0"),
         ("data.cache_gb=-1.0", "above 0"),
         ("data.cache_gb=nan", "above 0"),
+        ("data.cache_gb=inf", "above 0"),
         ("data.views.image.size=0", "1 or more"),
         ("data.views.image.crop_scale=0.0", "above 0 and at most 1"),
         ("data.views.image.crop_scale=1.1", "above 0 and at most 1"),
@@ -188,8 +189,8 @@ def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None
     ],
 )
 def test_a_bound_is_an_error_with_key_value_and_what_is_allowed(override: str, allowed: str) -> None:
-    # YAML spells the number that is none with a dot.
-    message = refusal(override.replace("=nan", "=.nan"))
+    # YAML spells these numbers with a dot.
+    message = refusal(override.replace("=nan", "=.nan").replace("=inf", "=.inf"))
     assert message.startswith(override)
     assert allowed in message
     assert len(message.splitlines()) == 1
@@ -201,8 +202,6 @@ def test_a_bound_is_an_error_with_key_value_and_what_is_allowed(override: str, a
         *(([f"data.train={none}"], "data.train is empty") for none in ("[]", "''")),
         (["data.train=[a.tar]", "data.train.web={shards: [b.tar], weight: 1}"], "give all sources a weight, or none"),
         (["data.train.train.weight=1", "data.train.web.shards=[b.tar]"], "give all sources a weight, or none"),
-        (["data.train.train.shards=[]"], "data.train: a source has no shards"),
-        (["data.train.web.weight=2"], "data.train: a source has no shards"),
         (["data.val=[]"], "eval.label=label needs data.val and data.test"),
         (["data.test=[]"], "eval.label=label needs data.val and data.test"),
         (["tokenizer.train=null"], "tokenizer: give name"),
@@ -235,26 +234,29 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults() -> Non
 # --- Sources
 
 
-@pytest.mark.parametrize("weight", ["0", "0.0", "-1.0", ".inf", ".nan"])
+@pytest.mark.parametrize("weight", ["0", "0.0", "-1.0", ".inf", "-.inf", ".nan"])
 def test_a_weight_is_above_0_and_finite(weight: str) -> None:
-    message = refusal(f"data.train.train.weight={weight}")
-    assert message.startswith("data.train")
-    assert f"weight={float(weight.removeprefix('.'))}: allowed is above 0" in message
+    got = float(weight.replace(".inf", "inf").replace(".nan", "nan"))
+    for name in ("train", "web"):
+        message = refusal(f"data.train.{name}={{shards: [w.tar], weight: {weight}}}")
+        assert message == f"data.train.{name}.weight={got}: allowed is above 0, or null"
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("shards=[]", "shards is empty: a source has no shards"),
         ("max_epochs=0", "max_epochs=0: allowed is 1 or more, or null"),
         ("max_epochs=-1", "max_epochs=-1: allowed is 1 or more, or null"),
         ("require=[smell]", "require=['smell']: allowed are image, text, audio"),
         ("require=[image, jpg]", "require=['image', 'jpg']: allowed are image, text, audio"),
     ],
 )
-def test_a_bound_of_a_source_is_an_error(override: str, words: str) -> None:
-    message = refusal(f"data.train.train.{override}")
-    assert message.startswith("data.train")
-    assert message.endswith(words)
+def test_a_bound_of_a_source_names_it(override: str, words: str) -> None:
+    for name in ("train", "web"):
+        overrides = [f"data.train.{name}.shards=[w.tar]", f"data.train.{name}.{override}"]
+        assert refusal(*overrides) == f"data.train.{name}.{words}"
+    assert refusal("data.train.web.weight=2") == "data.train.web.shards is empty: a source has no shards"
 
 
 def test_bounds_themselves_are_allowed() -> None:

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -33,6 +34,7 @@ from data.index import (
     verify,
     write_index,
 )
+from tests.server import Server, serve
 
 MEMBERS = [
     ("a/000.png", b"\x89PNG" + bytes(range(256)) * 3),
@@ -262,16 +264,49 @@ def test_a_shard_written_anew_with_the_same_size_is_refused(tar: Path) -> None:
         load_index(tar)
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_in_a_read_only_folder_the_index_is_only_returned(
-    tar: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which shards were scanned, each time."""
+    scanned: list[str] = []
+
+    def scan(location: Path | str) -> ShardIndex:
+        scanned.append(str(location))
+        return build_index(location)
+
+    monkeypatch.setattr(data.index, "build_index", scan)
+    return scanned
+
+
+def refuse_to_write(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(self: Path, content: bytes) -> int:
         raise OSError(code, os.strerror(code), str(self))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    assert len(load_index(tar).samples) == 3
-    assert not index_path(tar).exists()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_in_a_read_only_folder_a_shard_is_scanned_once_and_its_index_kept_in_memory(
+    tar: Path, monkeypatch: pytest.MonkeyPatch, scans: list[str], code: int
+) -> None:
+    other = write_tar(tar.with_name("other.tar"), MEMBERS[:1])
+    refuse_to_write(monkeypatch, code)
+    for _ in range(3):
+        shard = load_shard(tar)
+        assert shard == build_summary(tar)
+        assert load_samples(shard) == load_index(tar).samples == build_index(tar).samples
+        assert load_index(other) == build_index(other)
+    assert scans == [str(tar), str(other)]
+    assert sorted(tar.parent.iterdir()) == [other, tar]
+
+
+def test_a_shard_that_went_missing_in_a_read_only_folder_is_named_where_it_is_read(
+    tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_write(monkeypatch, errno.EROFS)
+    shard = load_shard(tar)
+    tar.unlink()
+    with pytest.raises(ShardError, match=r"train-00000\.tar: no such shard"):
+        verify(shard)
 
 
 def test_a_full_disk_is_not_passed_over_and_leaves_nothing(tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,6 +566,13 @@ def bucket(tmp_path: Path) -> Iterator[str]:
         fs.rm(url, recursive=True)
 
 
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve() as running:
+        yield running
+
+
 def upload(path: Path, url: str) -> str:
     fsspec.filesystem("memory").pipe_file(url, path.read_bytes())
     return url
@@ -563,11 +605,21 @@ def test_a_remote_shard_with_an_index_beside_it_is_not_read(
     assert stored(bucket) == ["a.tar", "a.tar.index.jsonl"]
 
 
-def test_a_remote_shard_without_an_index_gets_none_beside_it(tar: Path, bucket: str) -> None:
+@pytest.mark.parametrize("load", [load_index, load_shard])
+def test_a_remote_shard_without_an_index_needs_a_cache(
+    tar: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, load: Callable[[str], object]
+) -> None:
     url = upload(tar, f"{bucket}/a.tar")
-    assert load_index(url) == build_index(tar)._replace(location=url)
-    assert load_samples(load_shard(url)) == build_index(tar).samples
-    verify(load_index(url))
+    with monkeypatch.context() as patch:
+        patch.setattr(data.index, "open_binary", forbidden)  # each start would read it whole
+        with pytest.raises(ShardError, match=r"there is no \.index\.jsonl file beside it: .*data\.cache") as error:
+            load(url)
+    assert str(error.value).startswith(f"{url}: ")
+    assert stored(bucket) == ["a.tar"]
+
+    # Whoever asks for an index, gets one.
+    assert build_index(url) == build_index(tar)._replace(location=url)
+    verify(build_index(url))
     assert stored(bucket) == ["a.tar"]
 
 
@@ -584,8 +636,130 @@ def test_the_cache_keeps_the_index_of_a_remote_shard(
     # The next process reads the shard no more.
     monkeypatch.setattr(data.index, "open_binary", forbidden)
     assert load_index(url, Cache(tmp_path / "cache", 10**6)) == first
-    with pytest.raises(AssertionError, match="read"):
+    with pytest.raises(ShardError, match=r"there is no \.index\.jsonl file beside it"):
         load_shard(url)  # nothing was kept elsewhere
+
+
+def test_the_cache_keeps_a_copy_of_the_index_beside_a_remote_shard(tar: Path, server: Server, tmp_path: Path) -> None:
+    write_index(build_index(tar))
+    url = f"{server.url}/a.tar"
+    server.files = {"/a.tar": tar.read_bytes(), "/a.tar.index.jsonl": index_path(tar).read_bytes()}
+    cache = Cache(tmp_path / "cache", 10**6)
+    for _ in range(2):
+        assert load_index(url, cache) == build_index(tar)._replace(location=url)
+        assert load_samples(load_shard(url, cache), cache) == build_index(tar).samples
+    assert cache.index_of(url).read_bytes() == index_path(tar).read_bytes()
+    assert [path for path in cache.folder.iterdir() if path.is_file()] == [cache.index_of(url)]
+    assert len(server.gets("/a.tar.index.jsonl")) == 1
+    assert server.gets("/a.tar") == []
+
+    # Of a URL, what lies beside it is asked for only where there is no copy; a copy that vanished is made again.
+    shard = load_shard(url, cache)
+    cache.index_of(url).unlink()
+    assert load_samples(shard, cache) == build_index(tar).samples
+    assert cache.index_of(url).is_file()
+    assert len(server.gets("/a.tar.index.jsonl")) == 2
+
+
+def test_a_remote_index_that_vanishes_while_it_is_in_use_is_made_again_in_the_cache(
+    tar: Path, bucket: str, tmp_path: Path, scans: list[str]
+) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    cache = Cache(tmp_path / "cache", 10**6)
+    shard = load_shard(url, cache)
+    cache.index_of(url).unlink()
+    assert load_samples(shard, cache) == build_index(tar).samples
+    assert cache.index_of(url).is_file()
+    assert scans == [url, url]
+
+    with pytest.raises(ShardError, match=r"a\.tar: there is no \.index\.jsonl file beside it"):
+        load_samples(shard)
+
+
+def test_an_index_that_the_cache_cant_be_given_is_kept_in_memory(
+    tar: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scans: list[str]
+) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    cache = Cache(tmp_path / "cache", 10**6)
+    refuse_to_write(monkeypatch, errno.EROFS)
+    for _ in range(2):
+        assert load_index(url, cache).samples == build_index(tar).samples
+    assert scans == [url]
+
+
+SIGNED = "?X-Signature=secret&a=/b.tar"
+
+
+def test_the_query_of_a_signed_url_stays_behind_the_name_of_its_index(
+    tar: Path, server: Server, tmp_path: Path
+) -> None:
+    write_index(build_index(tar))
+    url = f"{server.url}/a.tar{SIGNED}"
+    server.files = {"/a.tar": tar.read_bytes(), "/a.tar.index.jsonl": index_path(tar).read_bytes()}
+    for cache in (None, Cache(tmp_path / "cache", 10**6)):
+        assert load_index(url, cache) == build_index(tar)._replace(location=url)
+    assert {path for _, path, _ in server.log} == {f"/a.tar{SIGNED}", f"/a.tar.index.jsonl{SIGNED}"}
+
+
+def test_the_question_mark_in_the_name_of_a_local_shard_begins_no_query(tmp_path: Path, scans: list[str]) -> None:
+    tar = write_tar(tmp_path / "a?b.tar")
+    for _ in range(2):
+        assert load_index(tar) == build_index(tar)
+    assert scans == [str(tar)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a?b.tar", "a?b.tar.index.jsonl"]
+
+
+def test_a_cache_is_nothing_to_local_shards(tar: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 10**6)
+    assert load_index(tar, cache) == build_index(tar)
+    assert index_path(tar).is_file()
+    assert [path.name for path in cache.folder.iterdir()] == ["locks"]
+
+
+def test_signatures_are_not_shown(tar: Path, server: Server, tmp_path: Path) -> None:
+    url = f"{server.url}/a.tar{SIGNED}"
+    shown = rf"^{server.url}/a\.tar\?\*\*\*: "
+    beside = rf"^{server.url}/a\.tar\.index\.jsonl\?\*\*\*: "
+    cache = Cache(tmp_path / "cache", 10**6)
+    write_index(build_index(tar))
+    content, index = tar.read_bytes(), index_path(tar).read_bytes()
+    shard = build_index(tar).shard._replace(location=url)
+    damaged = content[:512] + b"x" + content[513:]
+
+    def refused(words: str, call: Callable[[], object], **files: bytes) -> None:
+        server.files = {f"/a.{name.replace('_', '.')}": stored for name, stored in files.items()}
+        with pytest.raises(ShardError, match=words) as error:
+            call()
+        assert "secret" not in str(error.value)
+
+    for load in (build_index, load_index, load_shard, partial(load_shard, cache=cache)):
+        refused(f"{shown}no such shard$", partial(load, url))
+    refused(f"{shown}there is no", lambda: load_shard(url), tar=content)
+    refused(f"{shown}truncated or damaged", lambda: build_index(url), tar=content[:700])
+    refused(f"{shown}'a/000.png' at byte 0 is a link", lambda: build_index(url), tar=a_link(tmp_path))
+    refused(f"{shown}sha256 is", lambda: verify(shard), tar=damaged)
+    refused(f"{shown}no such shard$", lambda: verify(shard))
+    refused(f"{shown}malformed index", lambda: parse_sample(shard, b"[]"))
+    refused(f"{shown}changed since", lambda: load_shard(url), tar=content + bytes(512), tar_index_jsonl=index)
+    refused(f"{beside}malformed index", lambda: load_shard(url), tar=content, tar_index_jsonl=b"{}")
+    old = index.replace(b'"schema":2', b'"schema":1')
+    refused(f"{beside}schema 1", lambda: load_shard(url), tar=content, tar_index_jsonl=old)
+    cut = b"".join(index.splitlines(keepends=True)[:-1])
+    refused(rf"{beside}malformed index \(", lambda: load_lines(shard), tar=content, tar_index_jsonl=cut)
+    other = index.replace(b'"samples":3', b'"samples":2')
+    refused(f"{beside}changed while", lambda: load_lines(shard), tar=content, tar_index_jsonl=other)
+    refused(f"{shown}named twice, by .*a.tar.*and by ", lambda: find_shards([url, url]), tar=content)
+    braces = f"{server.url}/{{a.tar{SIGNED}"
+    refused(rf"^{server.url}/\{{a\.tar\?\*\*\*: its braces don't match$", lambda: find_shards([braces]))
+
+
+def a_link(tmp_path: Path) -> bytes:
+    """A tar that holds a link."""
+    link = tarfile.TarInfo("a/000.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
+    with tarfile.open(tmp_path / "link.tar", "w") as archive:
+        archive.addfile(link)
+    return (tmp_path / "link.tar").read_bytes()
 
 
 def test_a_remote_shard_of_another_size_is_refused_and_its_index_named(tar: Path, bucket: str, tmp_path: Path) -> None:
@@ -622,11 +796,12 @@ def test_a_remote_shard_that_is_not_there_is_named(bucket: str, load: Callable[[
         load(f"{bucket}/gone.tar")
 
 
-def test_a_remote_index_without_its_shard_is_no_shard(tar: Path, bucket: str) -> None:
+def test_a_remote_index_without_its_shard_is_no_shard(tar: Path, bucket: str, tmp_path: Path) -> None:
     write_index(build_index(tar))
     upload(index_path(tar), f"{bucket}/a.tar.index.jsonl")
-    with pytest.raises(ShardError, match=r"a\.tar: no such shard, though its index is there"):
-        load_shard(f"{bucket}/a.tar")
+    for cache in (None, Cache(tmp_path / "cache", 10**6)):
+        with pytest.raises(ShardError, match=rf"^{bucket}/a\.tar: no such shard$"):
+            load_shard(f"{bucket}/a.tar", cache)
 
 
 def test_many_remote_shards_are_indexed_at_once_and_in_order(tmp_path: Path, bucket: str) -> None:
@@ -747,5 +922,5 @@ def test_find_refuses_urls_of_other_kinds(folder: Path, pattern: str, words: str
 def test_find_refuses_a_single_string_and_open_braces(folder: Path) -> None:
     with pytest.raises(TypeError, match="list of strings"):
         find_shards("train-00000.tar")
-    with pytest.raises(ShardError, match=r"train-\{00000"):
+    with pytest.raises(ShardError, match=r"^train-\{00000\.\.00001\.tar: its braces don't match$"):
         find_shards(["train-{00000..00001.tar"])
