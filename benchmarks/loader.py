@@ -32,6 +32,7 @@ import soxr
 import torch
 import webdataset
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from transformers import ASTFeatureExtractor, PreTrainedTokenizerBase
 
 from data import decode
@@ -106,7 +107,7 @@ class Plain:
 
     def __iter__(self) -> Iterator[Any]:
         data = iter(webdataset.WebDataset(self.shards, shardshuffle=False).map(self.sample))
-        while batch := list(itertools.islice(data, BATCH)):
+        while len(batch := list(itertools.islice(data, BATCH))) == BATCH:  # as ours: whole batches only
             images, ids, sounds = zip(*batch, strict=True)
             yield (
                 torch.stack(images),
@@ -130,38 +131,39 @@ class Ours:
 
 
 def read_plain(shards: list[str]) -> int:
-    """All members' bytes, sample by sample, by webdataset."""
-    return sum(len(sample["jpg"]) for sample in webdataset.WebDataset(shards, shardshuffle=False))
+    """All members' bytes, sample by sample, by webdataset; returns how many samples."""
+    return sum(1 for sample in webdataset.WebDataset(shards, shardshuffle=False) if sample["jpg"] and sample["flac"])
 
 
-def read_ours(source: Source) -> int:
-    """All members' bytes of an epoch in shuffled order, by index."""
+def read_ours(shards: list[str]) -> int:
+    """All members' bytes of an epoch in shuffled order, by index; returns how many samples."""
+    source = Source(load_shards(shards))
     order = Order([Supply("a", [shard.samples for shard in source.shards], 1.0)], 0, BATCH)
     seen = 0
     for lane in range(order.lanes):
         draws = -(-(len(source) - lane) // order.lanes)
-        shards, numbers = order.sources[0].locate(order.sources[0].draw(lane, 0, draws))
-        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
-            seen += len(source.contents(shard, number)["jpg"])
+        of, numbers = order.sources[0].locate(order.sources[0].draw(lane, 0, draws))
+        for shard, number in zip(of.tolist(), numbers.tolist(), strict=True):
+            content = source.contents(shard, number)
+            seen += bool(content["jpg"] and content["flac"])
     return seen
 
 
-def cpu_seconds(action: Callable[[], Any]) -> float:
-    """Of this process and its threads."""
+def cpu_ms(action: Callable[[], int]) -> float:
+    """CPU milliseconds of this process, threads and all, per sample that the action handles."""
     before = time.process_time()
-    action()
-    return time.process_time() - before
+    count = action()
+    return 1000 * (time.process_time() - before) / count
 
 
-def exhaust(batches: Any) -> None:
-    """Run through."""
-    for _ in batches:
-        pass
+def exhaust(batches: Any) -> int:
+    """Run through; returns how many samples there were."""
+    return BATCH * sum(1 for _ in batches)
 
 
-def compare(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
-    """Median CPU seconds of each, and the median of their ratios, timed alternately."""
-    pairs = [(cpu_seconds(ours), cpu_seconds(plain)) for _ in range(rounds + 1)][1:]  # the first warms up
+def compare(ours: Callable[[], int], plain: Callable[[], int], rounds: int) -> tuple[float, float, float]:
+    """Median CPU milliseconds per sample of each, and the median of their ratios, timed alternately."""
+    pairs = [(cpu_ms(ours), cpu_ms(plain)) for _ in range(rounds + 1)][1:]  # the first warms up
     return (
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
@@ -169,23 +171,32 @@ def compare(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int) -> t
     )
 
 
-def collate_ms(tokenizer: PreTrainedTokenizerBase, rounds: int) -> float:
-    """Milliseconds from the last of 256 images of 224 px in its place to the finished batch."""
-    picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    times = []
+def collate_ms(tokenizer: PreTrainedTokenizerBase, rounds: int) -> tuple[float, float, float]:
+    """Milliseconds for 256 images of 224 px: to make the batch of them, the last step of it, and `torch.stack`.
+
+    Ours are written where the batch has them, one by one, as they are decoded; what remains at the end is a view.
+    """
+    pictures = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), dtype=np.uint8)
+    tensors = list(torch.from_numpy(pictures))
+    whole, last, stacked = [], [], []
     for _ in range(rounds):
-        room = IMAGE.allocate(BATCH, False)
-        for i in range(BATCH):
-            IMAGE.put(room, i, picture, None)
         before = time.perf_counter()
+        room = IMAGE.allocate(BATCH, False)
+        for i, picture in enumerate(pictures):
+            IMAGE.put(room, i, picture, None)
+        middle = time.perf_counter()
         IMAGE.field(room, BATCH, tokenizer)
-        times.append(1000 * (time.perf_counter() - before))
-    return statistics.median(times)
+        after = time.perf_counter()
+        torch.stack(tensors)
+        whole.append(1000 * (after - before))
+        last.append(1000 * (after - middle))
+        stacked.append(1000 * (time.perf_counter() - after))
+    return statistics.median(whole), statistics.median(last), statistics.median(stacked)
 
 
 def first_batch_seconds(source: Source, tokenizer: PreTrainedTokenizerBase) -> float:
-    """From asking for batches to the first small one, with two workers."""
-    config = DataConfig(views=Views(None, TextView(), None), workers=2)
+    """From asking for batches to the first one of 8 samples, with two workers."""
+    config = DataConfig(views=VIEWS, workers=2)
     stream = Stream([source], config, tokenizer, seed=0, batch_size=8)
     before = time.perf_counter()
     next(stream.batches())
@@ -241,7 +252,9 @@ def main() -> None:
     parser.add_argument("--memory-samples", type=int, default=100_000, help="small ones, for the memory of a worker")
     parser.add_argument("--rounds", type=int, default=5, help="times that each pipeline runs, in turn")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # CPU seconds, not speed: threads would only add their waiting
+    # CPU seconds, not speed: further threads would only add their waiting, most of all to NumPy's small products.
+    torch.set_num_threads(1)
+    threadpool_limits(1)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -252,24 +265,24 @@ def main() -> None:
             f"{len(source)} samples in {len(shards)} shards, JPEG by {'simplejpeg' if decode.simplejpeg else 'PIL'}\n"
         )
 
-        print(f"{'CPU ms per sample':32} {'ours':>8} {'plain':>8} {'ratio':>8}")
+        print(f"whole batches of {BATCH}; one thread\n{'CPU ms per sample':32} {'ours':>8} {'plain':>8} {'ratio':>8}")
 
-        def ours() -> None:
-            exhaust(Ours(source, tokenizer))
+        def ours() -> int:
+            return exhaust(Ours(source, tokenizer))
 
-        rows: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        rows: dict[str, tuple[Callable[[], int], Callable[[], int]]] = {
             "end to end": (ours, lambda: exhaust(Plain(shards, tokenizer, stock=True))),
             "end to end, our log-mel in both": (ours, lambda: exhaust(Plain(shards, tokenizer, stock=False))),
-            "reading bytes": (lambda: read_ours(source), lambda: read_plain(shards)),
+            "reading bytes": (lambda: read_ours(shards), lambda: read_plain(shards)),
         }
         ratios = {}
         for name, (one, other) in rows.items():
             a, b, ratios[name] = compare(one, other, arguments.rounds)
-            per = 1000 / len(source)
-            print(f"{name:32} {a * per:8.3f} {b * per:8.3f} {ratios[name]:7.1f}x", flush=True)
+            print(f"{name:32} {a:8.3f} {b:8.3f} {ratios[name]:7.2f}x", flush=True)
 
-        collated = collate_ms(tokenizer, 20)
-        print(f"\n{'collating 256 images of 224 px':32} {collated:8.3f} ms after the last one is in its place")
+        collated, last, stacked = collate_ms(tokenizer, 20)
+        print(f"\n{'a batch of 256 images of 224 px':32} {collated:8.2f} ms, of which {last:.3f} after the last image")
+        print(f"{'the same by torch.stack':32} {stacked:8.2f} ms")
         print(f"{'first batch of two workers':32} {first_batch_seconds(source, tokenizer):8.2f} s")
         seconds, megabytes = ordering()
         print(f"{'ordering 10 million samples':32} {seconds:8.2f} s, {megabytes:.0f} MB")

@@ -58,7 +58,7 @@ def run_order(arguments: argparse.Namespace) -> int:
 
     Nothing is decoded: where a sample turns out to be unusable, training takes the next one of its lane.
     """
-    # Here, since torch takes two seconds to import, which the other commands need not wait for.
+    # Here, since a recipe's parts take seconds to import, which the other commands need not wait for.
     from data.stream import make_order, open_train
     from pretrain.config import load_config
 
@@ -121,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return COMMANDS[arguments.command][2](arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more may be written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -36,6 +36,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 _SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
 MAX_MEMBER_BYTES = 256_000_000
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535  # JPEG's own; resizing takes memory for a side of the image times a side of the view
 MAX_TEXT_BYTES = 1_000_000
 MAX_AUDIO_SECONDS = 600.0
 MAX_AUDIO_VALUES = 60_000_000  # samples times channels: ten minutes of stereo at 48 kHz
@@ -180,6 +181,8 @@ def _open(data: bytes) -> Image.Image:
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise LimitError(f"image of {width}x{height}: at most {MAX_PIXELS} pixels are allowed")
+    if max(width, height) > MAX_SIDE:
+        raise LimitError(f"image of {width}x{height}: at most {MAX_SIDE} pixels a side are allowed")
 
 
 def _orientation(image: Image.Image) -> int:

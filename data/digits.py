@@ -96,6 +96,7 @@ def build(out: Path, *, pairings: int = 3, seed: int = 0) -> dict[str, list[Path
         for name in made:
             (Path(scratch) / name).replace(out / name)
             index_path(Path(scratch) / name).replace(index_path(out / name))
+            index_path(out / name).touch()  # not older than the shard, whose move counts as a change
     write_whole(out / _MARKER, json.dumps({"recipe": recipe, "shards": made}, indent=1).encode() + b"\n")
     return _by_split([out / name for name in sorted(made)])
 

@@ -409,8 +409,13 @@ def _check_unchanged(shard: Shard, where: str) -> None:
             f"if that is meant, delete {masked(where)} to re-index"
         )
     # Tars are padded to whole records, so a shard that was written anew often has its old size.
-    if not is_url(shard.location) and Path(shard.location).stat().st_mtime_ns > Path(where).stat().st_mtime_ns:
-        verify(shard)
+    # What is copied with its old time of modification still has a new time of change.
+    if not is_url(shard.location):
+        state = Path(shard.location).stat()
+        if max(state.st_mtime_ns, state.st_ctime_ns) > Path(where).stat().st_mtime_ns:
+            verify(shard)
+            with suppress(OSError):  # once is enough, where the index may be touched
+                os.utime(where)
 
 
 def verify(index: Shard | ShardIndex) -> None:

@@ -24,7 +24,9 @@ Ints = npt.NDArray[np.int64]
 # Up to here a source is shuffled as a whole: the table of an epoch takes 8 MB.
 WHOLE = 1 << 20
 # Shares of sources are exact in this many turns; finer ones are rounded to it.
-PERIOD = 100_000
+PERIOD = 10_000
+# 2**32 / the golden ratio: multiples of it are spread evenly, whatever their number, and in step with no share.
+_GOLDEN = 2_654_435_769
 
 
 class Place(NamedTuple):
@@ -176,21 +178,27 @@ class Schedule:
     A source that has had all its turns leaves; the others share what follows.
     """
 
-    def __init__(self, weights: Sequence[float], limits: Sequence[int | None], lane: int = 0, lanes: int = 1) -> None:
+    def __init__(self, weights: Sequence[float], limits: Sequence[int | None], lane: int = 0) -> None:
         """Share turns among sources.
 
         Args:
             weights: of each source, above 0.
             limits: how many turns each may have; None for endlessly many.
             lane: whose turns.
-            lanes: how many there are.
         """
+        phase = Fraction(lane * _GOLDEN % 2**32, 2**32)
         self._parts: list[_Part] = []
         self.total: int | None = None
         begin, before = 0, [0] * len(weights)
         left = dict(enumerate(limits))
         while left:
-            part = _Part(begin, list(before), list(left), [weights[source] for source in left], Fraction(lane, lanes))
+            part = _Part(
+                begin,
+                list(before),
+                list(left),
+                [weights[source] for source in left],
+                phase,
+            )
             self._parts.append(part)
             ends = {source: part.end(source, limit) for source, limit in left.items() if limit is not None}
             if not ends:
@@ -341,7 +349,7 @@ class Order:
         if homogeneous:
             self.schedules = [Schedule(weights, limits)] * self.lanes
         else:
-            self.schedules = [Schedule(weights, limits, lane, self.lanes) for lane in range(self.lanes)]
+            self.schedules = [Schedule(weights, limits, lane) for lane in range(self.lanes)]
         turns, total = self.per_lane // self.turn_size, self.schedules[0].total
         self.steps = None if total is None else -(-total // turns)
 

@@ -1,7 +1,7 @@
 """Samples that could not be used: each is replaced, counted and shown, and too many of them end the run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class Skips:
     def __init__(self, max_fraction: float = 1.0) -> None:
         self.max_fraction = max_fraction
         self.counts: Counter[tuple[str, str, str, str]] = Counter()
+        self.rows = 0
 
     @property
     def total(self) -> int:
@@ -56,20 +57,22 @@ class Skips:
         return self.counts.total()
 
     def add(self, skipped: Sequence[Skipped], rows: int) -> None:
-        """Count what was skipped up to now, when ``rows`` rows have been read.
+        """Count what was skipped of ``rows`` further rows.
 
         Raises:
             StreamError: more than ``max_fraction`` of all rows.
         """
+        self.rows += rows
         for skip in skipped:
             entry = (skip.source, skip.shard, skip.key, skip.error)
             if entry not in self.counts and len(self.counts) >= MAX_KEYS:
                 entry = (skip.source, skip.shard, "...", skip.error)
             self.counts[entry] += 1
-        if skipped and self.total > self.max_fraction * max(rows, MIN_ROWS):
+        if skipped and self.total > self.max_fraction * max(self.rows, MIN_ROWS):
             raise StreamError(
-                f"{self.total} of {rows} rows could not be used, more than data.max_bad_fraction={self.max_fraction} "
-                f"allows:\n{self.table()}\nthe last one: {skipped[-1].message}\n"
+                f"{self.total} of {self.rows} rows could not be used, more than "
+                f"data.max_bad_fraction={self.max_fraction} allows:\n{self.table()}\n"
+                f"the last one: {skipped[-1].message}\n"
                 "`python -m data validate --decode` lists all bad samples of a shard"
             )
 
@@ -82,20 +85,26 @@ class Skips:
             examples.setdefault((source, shard, error), []).append(key)
         lines = [
             f"  {source}  {shard}  {error}  {count} times in {len(examples[source, shard, error])} samples, "
-            f"such as {examples[source, shard, error][0]}"
+            f"such as {printable(examples[source, shard, error][0])}"
             for (source, shard, error), count in by_kind.most_common(rows)
         ]
         if len(by_kind) > rows:
             lines.append(f"  ... and {len(by_kind) - rows} more kinds")
         return "\n".join(lines)
 
-    def state(self) -> list[list[Any]]:
+    def state(self) -> dict[str, Any]:
         """For JSON."""
-        return [[*entry, count] for entry, count in sorted(self.counts.items())]
+        return {"rows": self.rows, "samples": [[*entry, count] for entry, count in sorted(self.counts.items())]}
 
-    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """From `state`."""
-        self.counts = Counter({(str(s), str(h), str(k), str(e)): int(n) for s, h, k, e, n in state})
+        self.rows = int(state["rows"])
+        self.counts = Counter({(str(s), str(h), str(k), str(e)): int(n) for s, h, k, e, n in state["samples"]})
+
+
+def printable(key: str) -> str:
+    """A key for the terminal; those of a tar may hold any bytes."""
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def share(skipped: Sequence[Skipped], error: str | None, group: Any) -> tuple[list[Skipped], str | None]:

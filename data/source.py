@@ -18,7 +18,7 @@ from data.decode import (
     decode_metadata,
 )
 from data.errors import UserError
-from data.fetch import is_url
+from data.fetch import is_url, masked
 from data.index import Sample, Shard, load_lines, parse_sample
 from data.transforms import View
 
@@ -241,7 +241,7 @@ class Source:
             raise self._bad(shard, sample, named) from error
 
     def _bad(self, shard: int, sample: Sample, error: DecodeError) -> SampleError:
-        return SampleError(self.name, self.shards[shard].location, sample.key, type(error).__name__, str(error))
+        return SampleError(self.name, masked(self.shards[shard].location), sample.key, type(error).__name__, str(error))
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker reads its own indexes: those that it needs.

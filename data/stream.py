@@ -72,7 +72,7 @@ class DataConfig:
     test: list[str] = field(default_factory=list)
     """Shards on which results are reported."""
     batching: str = "mixed"
-    """mixed: every batch has its share of all sources; homogeneous: all rows of a batch come from one."""
+    """mixed: every batch has about its share of all sources; homogeneous: all rows of a batch come from one."""
     lanes: int | None = None
     """Equal parts of a batch, which ranks share among them; null: the greatest common divisor of batch size and 192."""
     window: int = 64
@@ -127,7 +127,7 @@ def open_train(config: DataConfig) -> list[Source]:
             require=source.require,
             cache=open_cache(config),
         )
-        for name, source in config.train.items()
+        for name, source in sorted(config.train.items())  # the order of lines in a recipe changes nothing
     ]
 
 
@@ -246,7 +246,9 @@ class Stream(IterableDataset[Batch]):
 
     def _row(self, slot: Slot, skipped: list[Skipped]) -> Row:
         source = self.sources[slot.source]
-        for attempt in range(MAX_REPLACEMENTS):
+        # After two epochs of a lane nothing new comes.
+        attempts = min(MAX_REPLACEMENTS, 2 * -(-len(source) // self.order.lanes) + 1)
+        for attempt in range(attempts):
             place = self.order.place(slot._replace(draw=slot.draw + attempt))
             try:
                 values = source.values(place.shard, place.sample, self.views, training=True)
@@ -258,7 +260,7 @@ class Stream(IterableDataset[Batch]):
                 continue
             key = source.sample(place.shard, place.sample).key
             return Row(key, values, *random_state(self.seed, self.run_pass, source.name, place.epoch, key))
-        raise StreamError(f"{source.name}: {MAX_REPLACEMENTS} samples in a row can't be used, the last one: {last}")
+        raise StreamError(f"{source.name}: {attempts} samples in a row can't be used, the last one: {last}")
 
     def batches(self) -> Iterator[Batch]:
         """The rank's batches from ``step`` on, read ahead by ``config.workers`` processes.
@@ -278,7 +280,7 @@ class Stream(IterableDataset[Batch]):
             if error is not None or isinstance(item, UserError):
                 raise StreamError(error) from failure
             self.step += 1
-            self.skips.add(skipped, self.step * self.batch_size)
+            self.skips.add(skipped, self.batch_size)
             yield item._replace(skipped=tuple(skipped))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -289,6 +291,7 @@ class Stream(IterableDataset[Batch]):
             "data.lanes": self.order.lanes,
             "data.window": self.config.window,
             "data.batching": self.config.batching,
+            "data.train": [source.name for source in self.sources],
         }
         for source in self.sources:
             of = f"data.train.{source.name}"
@@ -355,7 +358,9 @@ class Stream(IterableDataset[Batch]):
             return self.load_state_dict(json.loads(path.read_text()))
         except FileNotFoundError as error:
             raise StreamError(f"{path}: no such file; the checkpoint does not say where its data stood") from error
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except StreamError as error:
+            raise StreamError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
             raise StreamError(f"{path}: damaged ({error!r})") from error
 
     def attach(self, accelerator: Accelerator) -> None:
@@ -366,7 +371,8 @@ class Stream(IterableDataset[Batch]):
                 self.save(Path(folder))
 
         def load(models: Any, folder: str) -> None:
-            self.load(Path(folder))
+            if changed := self.load(Path(folder)):
+                accelerator.print("the data have changed, a new pass over them begins:\n  " + "\n  ".join(changed))
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)

@@ -77,7 +77,7 @@ def extract(
                     Features(features.cpu(), embeddings.cpu(), raw, all_labels[field.rows + first], content)
                 )
         first += batch.size
-        skips.add(batch.skipped, first)
+        skips.add(batch.skipped, batch.size)
     if skips.total:
         print(f"{source.name}: {skips.total} of {first} samples can't be scored:\n{skips.table()}", flush=True)
     return [

@@ -105,6 +105,7 @@ def test_open_files_are_bounded_and_closed(tmp_path: Path, monkeypatch: pytest.M
     paths = [tmp_path / f"{i}.tar" for i in range(6)]
     for path in paths:
         path.write_bytes(A)
+    gc.collect()  # what earlier tests have left open
     before = open_files()
     reader = Reader(max_open=3)
     for path in paths:

@@ -294,7 +294,10 @@ def test_skipped_samples_stand_in_the_metrics_and_in_the_checkpoint(
     entries = [entry for line in lines for entry in line["skipped_samples"]]
     assert entries[0] == ["train", str(shard), sample.key, "ImageError", 1]
     state = json.loads((checkpoint / "stream.json").read_text())
-    assert state["skipped"] == [["train", str(shard), sample.key, "ImageError", len(entries)]]
+    assert state["skipped"] == {
+        "rows": 64,
+        "samples": [["train", str(shard), sample.key, "ImageError", len(entries)]],
+    }
     assert "SKIPPED 1 samples" in capsys.readouterr().out
     assert "ImageError" in skipped_samples(checkpoint)
     assert sample.key in skipped_samples(checkpoint)

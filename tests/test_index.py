@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -240,16 +241,22 @@ def test_missing_shard_and_folder_name_the_path(tmp_path: Path) -> None:
             load(tmp_path)
 
 
-def test_load_writes_at_first_sight_and_then_reads(tar: Path) -> None:
+def test_load_writes_at_first_sight_and_then_reads(tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_index(tar)
     assert first == build_index(tar)
 
-    # With as many other bytes, only a loader that read the file beside would return the same again.
-    before = tar.stat()
-    tar.write_bytes(bytes(first.size))
-    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    monkeypatch.setattr("data.index.build_index", None)
     assert load_index(tar) == first
     assert sorted(path.name for path in tar.parent.iterdir()) == [tar.name, f"{tar.name}.index.jsonl"]
+
+
+def test_a_shard_of_the_same_size_is_refused_though_its_time_is_older(tar: Path) -> None:
+    load_index(tar)
+    time.sleep(0.02)  # the clock of a file system is coarse
+    tar.write_bytes(bytes(tar.stat().st_size))
+    os.utime(tar, (0, 0))  # as rsync -t and tar -x do
+    with pytest.raises(ShardError, match="sha256"):
+        load_index(tar)
 
 
 def test_a_shard_written_anew_with_the_same_size_is_refused(tar: Path) -> None:

@@ -231,8 +231,8 @@ def test_each_period_has_exactly_the_shares(weights: Sequence[float], shares: Se
     # A lane's turns are these, from elsewhere in the period on.
     whole = turns(schedule, 0, 2 * period)
     for lane in range(7):
-        begin = lane * period // 7
-        assert turns(Schedule(weights, [None] * len(weights), lane, 7), 0, period) == whole[begin : begin + period]
+        begin = int(lane * 0.6180339887 % 1 * period)
+        assert turns(Schedule(weights, [None] * len(weights), lane), 0, period) == whole[begin : begin + period]
 
 
 @pytest.mark.parametrize(
@@ -264,15 +264,15 @@ LIMITED = [
 ]
 
 
-LANES = [(0, 1), (1, 2), (3, 7), (63, 64)]  # (lane, lanes): each lane begins elsewhere in the period
+LANES = [0, 1, 3, 63]  # each begins elsewhere in the period
 
 
-@pytest.mark.parametrize(("lane", "lanes"), LANES)
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("weights", "limits"), LIMITED)
 def test_a_turn_knows_how_many_its_source_had_before(
-    weights: Sequence[float], limits: Sequence[int | None], lane: int, lanes: int
+    weights: Sequence[float], limits: Sequence[int | None], lane: int
 ) -> None:
-    schedule = Schedule(weights, limits, lane, lanes)
+    schedule = Schedule(weights, limits, lane)
     before: Counter[int] = Counter()
     for turn in range(300 if schedule.total is None else schedule.total + 50):
         source, so_far = schedule.at(turn)
@@ -288,12 +288,12 @@ def test_a_turn_knows_how_many_its_source_had_before(
     assert sum(had.values()) + sum(limit or 0 for i, limit in enumerate(limits) if i not in had) == 10**9 + 300
 
 
-@pytest.mark.parametrize(("lane", "lanes"), LANES)
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("weights", "limits"), LIMITED)
 def test_limits_are_kept_exactly_and_the_others_share_what_follows(
-    weights: Sequence[float], limits: Sequence[int | None], lane: int, lanes: int
+    weights: Sequence[float], limits: Sequence[int | None], lane: int
 ) -> None:
-    schedule = Schedule(weights, limits, lane, lanes)
+    schedule = Schedule(weights, limits, lane)
     if None in limits:
         assert schedule.total is None
     else:
@@ -407,7 +407,17 @@ def test_every_mixed_batch_has_its_share_of_all_sources(batch: int, weights: tup
     for step in range(60):
         counts = Counter(slot.source for slot in order.slots(step, range(order.lanes)))
         for source, weight in enumerate(weights):
-            assert abs(counts[source] - batch * weight / sum(weights)) < 1
+            assert abs(counts[source] - batch * weight / sum(weights)) <= 3  # rows
+
+
+@pytest.mark.parametrize(("weights", "batch"), [((2816, 149, 11), 96), ((1935, 2821, 3935, 2358, 224), 384)])
+def test_lanes_are_in_step_with_no_share(weights: tuple[float, ...], batch: int) -> None:
+    # With lanes at equal distances in the period, these have batches with 27 rows too many of a source, or none.
+    order = Order(supplies(*weights), 0, batch)
+    for step in range(60):
+        counts = Counter(slot.source for slot in order.slots(step, range(order.lanes)))
+        for source, weight in enumerate(weights):
+            assert abs(counts[source] - batch * weight / sum(weights)) < 16
 
 
 def test_shares_that_a_batch_cant_have_come_out_even_over_several() -> None:

@@ -183,7 +183,7 @@ def test_indexes_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.fixture
 def few_files() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * len(os.listdir("/proc/self/fd")) + 100, limits[1]))  # noqa: PTH208
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 

@@ -16,7 +16,7 @@ from data.batch import Batch
 from data.errors import UserError
 from data.skips import StreamError
 from data.source import Source
-from data.stream import DataConfig, SourceConfig, Stream, random_state
+from data.stream import DataConfig, SourceConfig, Stream, open_train, random_state
 from data.transforms import AudioView, ImageView, TextView, Views
 from tests.samples import members, tokenizer, write_source
 
@@ -297,6 +297,7 @@ def test_changed_data_begin_a_new_pass_when_allowed(tmp_path: Path, source: Sour
     grown = [source, write_source(tmp_path, [members(i, "t") for i in range(30)], name="new")]
     second = stream(grown, allow_changed=True)
     assert [line.split(":")[0] for line in second.load_state_dict(first.state_dict())] == [
+        "data.train",
         "data.train.new.require",
         "data.train.new.samples",
     ]
@@ -383,7 +384,7 @@ def test_with_a_fraction_of_zero_the_first_stops(tmp_path: Path) -> None:
 def test_a_source_of_nothing_but_damage_ends_with_an_error(tmp_path: Path, workers: int) -> None:
     source = write_source(tmp_path, [{"txt": b"\xff"}, {"txt": b""}])
     with pytest.raises(
-        StreamError, match=r"1000 samples in a row can't be used, the last one: \S*train-00000\.tar: sample k"
+        StreamError, match=r"3 samples in a row can't be used, the last one: \S*train-00000\.tar: sample k"
     ):
         next(stream(source, workers=workers).batches())
 
@@ -483,3 +484,28 @@ def test_ranks_that_do_not_share_equally_are_refused(source: Source) -> None:
         stream(source, 0, 5)
     with pytest.raises(UserError, match=r"data\.lanes=5 does not divide train\.batch_size=12"):
         stream(source, lanes=5)
+
+
+def test_the_order_of_sources_in_a_recipe_changes_nothing(tmp_path: Path) -> None:
+    write_source(tmp_path / "a", [members(i, "t") for i in range(12)])
+    write_source(tmp_path / "b", [members(20 + i, "t") for i in range(12)])
+    keys = []
+    for names in ("ab", "ba"):
+        config = DataConfig(train={n: SourceConfig([f"{tmp_path}/{n}/*.tar"]) for n in names}, views=VIEWS, workers=0)
+        made = Stream(open_train(config), config, tokenizer(), seed=0, batch_size=8)
+        keys.append([batch.keys for batch in itertools.islice(made.batches(), 3)])
+    assert keys[0] == keys[1]
+    swapped = stream([Source(made.sources[1].shards, "b"), Source(made.sources[0].shards, "a")])
+    with pytest.raises(StreamError, match=r"data\.train: \['b', 'a'\] then, \['a', 'b'\] now"):
+        stream(made.sources).load_state_dict(swapped.state_dict())
+
+
+def test_rows_of_other_batch_sizes_count_as_they_were(tmp_path: Path) -> None:
+    source = write_source(tmp_path, [members(i, "t") for i in range(48)])
+    first = stream(source, batch_size=24)
+    for _ in itertools.islice(first.batches(), 2):
+        pass
+    second = stream(source, batch_size=6, allow_changed=True)
+    second.load_state_dict(first.state_dict())
+    next(second.batches())
+    assert second.skips.rows == 54

@@ -165,7 +165,7 @@ def test_a_stale_or_damaged_index_is_said(tmp_path: Path) -> None:
     findings = [finding for finding in validate(shards).findings if finding.level == "problem"]
     assert [finding.shard for finding in findings] == [stale, garbage, other, moved]
     assert {finding.kind for finding in findings} == {"index"}
-    assert "stale index: sha256" in findings[0].what
+    assert "index: sha256 is" in findings[0].what
     assert "malformed" in findings[1].what
     assert "other samples" in findings[2].what
     assert "other samples" in findings[3].what
