@@ -56,7 +56,7 @@ def add_order(parser: argparse.ArgumentParser) -> None:
 def run_order(arguments: argparse.Namespace) -> int:
     """Per global step, the keys of its rows in order, as training reads them from the start of a run.
 
-    Nothing is decoded: where a sample turns out to be unusable, training takes the next one of its lane.
+    Nothing is decoded: where a sample turns out to be unusable, training takes one of a later step of its lane.
     """
     # Here, since a recipe's parts take seconds to import, which the other commands need not wait for.
     from data.stream import make_order, open_train

@@ -209,12 +209,6 @@ class _OpenFile:
         self.touched = monotonic()
         weakref.finalize(self, os.close, self.descriptor)
 
-    def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.descriptor, size, offset)
-        while 0 < len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
-            data += more
-        return data
-
 
 class Reader:
     """Reads pieces of shards; for threads, and for processes: files are not carried over when it is pickled."""
@@ -253,24 +247,29 @@ class Reader:
         """
         remote = self.cache is None and is_url(shard.location)
         file = None if remote else self._file(shard)
-        contents = []
+        contents, total = [], shard.size
+        # Once per member that is read: nothing is called here that need not be.
         for offset, size in spans:
-            if not 0 <= offset <= offset + size <= shard.size:
+            if offset < 0 or size < 0 or offset + size > total:
                 raise FetchError(
-                    f"{masked(shard.location)}: bytes {offset} to {offset + size} are not within its {shard.size}"
+                    f"{masked(shard.location)}: bytes {offset} to {offset + size} are not within its {total}"
                 )
             if file is None:
                 contents.append(self._read_remote(shard, offset, size))
                 continue
             try:
-                data = file.read(offset, size)
+                content = os.pread(file.descriptor, size, offset)
+                while len(content) < size:  # a read may bring less than there is
+                    rest = os.pread(file.descriptor, size - len(content), offset + len(content))
+                    if not rest:
+                        raise FetchError(
+                            f"{masked(shard.location)}: changed since it was indexed: it ends at byte "
+                            f"{offset + len(content)}"
+                        )
+                    content += rest
             except OSError as error:
                 raise local_error(shard.location, error) from error
-            if len(data) != size:
-                raise FetchError(
-                    f"{masked(shard.location)}: changed since it was indexed: it ends at byte {offset + len(data)}"
-                )
-            contents.append(data)
+            contents.append(content)
         return contents
 
     def _read_remote(self, shard: Stored, offset: int, size: int) -> bytes:

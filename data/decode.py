@@ -78,12 +78,18 @@ class Waveform(NamedTuple):
     """Mono sound.
 
     Attributes:
-        samples: (T,) float32 in [-1, 1].
+        samples: (T,) float32 in [-1, 1], or int16 where it is stored so.
         rate: samples per second.
     """
 
-    samples: npt.NDArray[np.float32]
+    samples: npt.NDArray[np.float32] | npt.NDArray[np.int16]
     rate: int
+
+    def floats(self) -> npt.NDArray[np.float32]:
+        """(T,) float32 in [-1, 1]."""
+        if self.samples.dtype == np.int16:
+            return self.samples * np.float32(2**-15)
+        return self.samples.astype(np.float32, copy=False)
 
 
 def check_size(size: int) -> None:
@@ -260,9 +266,13 @@ def decode_audio(data: bytes) -> Waveform:
                     f"audio of {sound.frames} samples in {sound.channels} channels: at most {MAX_AUDIO_VALUES} "
                     "values are allowed"
                 )
-            samples = sound.read(sound.frames, dtype="float32", always_2d=True)
+            # What is int16 already need not go through float32 on its way to the int16 of a batch.
+            whole = sound.channels == 1 and sound.subtype == "PCM_16"
+            samples = sound.read(sound.frames, dtype="int16" if whole else "float32", always_2d=True)
             if len(samples) != sound.frames:
                 raise AudioError(f"audio holds {len(samples)} of {sound.frames} announced samples")
+            if whole:
+                return Waveform(samples[:, 0], sound.samplerate)
             if not np.isfinite(samples).all():
                 raise AudioError("audio holds samples that are not finite")
             return Waveform(samples.mean(axis=1, dtype=np.float32), sound.samplerate)

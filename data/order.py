@@ -25,8 +25,6 @@ Ints = npt.NDArray[np.int64]
 WHOLE = 1 << 20
 # Shares of sources are exact in this many turns; finer ones are rounded to it.
 PERIOD = 10_000
-# 2**32 / the golden ratio: multiples of it are spread evenly, whatever their number, and in step with no share.
-_GOLDEN = 2_654_435_769
 
 
 class Place(NamedTuple):
@@ -172,80 +170,113 @@ class SourceOrder:
 
 
 class Schedule:
-    """Which source has which turn of a lane: exactly its share in every period, spread evenly over it.
+    """Which source has which turn of each lane: exactly its share in every period, spread evenly over it.
 
-    Each lane begins elsewhere in the period, so the rows that all lanes have at a time hold the shares, too.
-    A source that has had all its turns leaves; the others share what follows.
+    All lanes go round the same period, each ahead of the one before it by the turns that this one has in a step. So
+    the turns of all lanes in a step are a stretch of the period without gaps, which holds each source's share to within
+    two turns. A source that has had all its turns leaves, all lanes at about the same time; the others share what
+    follows.
     """
 
-    def __init__(self, weights: Sequence[float], limits: Sequence[int | None], lane: int = 0) -> None:
+    def __init__(
+        self, weights: Sequence[float], limits: Sequence[int | None], lanes: int = 1, turns_per_step: int = 1
+    ) -> None:
         """Share turns among sources.
 
         Args:
             weights: of each source, above 0.
-            limits: how many turns each may have; None for endlessly many.
-            lane: whose turns.
+            limits: how many turns each may have in a lane; None for endlessly many.
+            lanes: how many there are.
+            turns_per_step: of a lane.
         """
-        phase = Fraction(lane * _GOLDEN % 2**32, 2**32)
-        self._parts: list[_Part] = []
+        self.lanes = lanes
         self.total: int | None = None
-        begin, before = 0, [0] * len(weights)
+        self._parts: list[_Part] = []
+        begins, before = [0] * lanes, [[0] * len(weights) for _ in range(lanes)]
         left = dict(enumerate(limits))
         while left:
-            part = _Part(
-                begin,
-                list(before),
-                list(left),
-                [weights[source] for source in left],
-                phase,
-            )
+            part = _Part({source: weights[source] for source in left}, begins, before, turns_per_step)
             self._parts.append(part)
-            ends = {source: part.end(source, limit) for source, limit in left.items() if limit is not None}
-            if not ends:
+            limited = {source: limit for source, limit in left.items() if limit is not None}
+            if not limited:
                 return
-            begin = min(ends.values())
-            for source in list(left):
-                before[source] += part.turns(source, begin - part.begin)
-                if before[source] == limits[source]:
-                    del left[source]
-        self.total = begin
+            end = min(part.end(lane, source, limit) for lane in range(lanes) for source, limit in limited.items())
+            before = [part.had(lane, end) for lane in range(lanes)]
+            leaving = [source for source, limit in limited.items() if any(had[source] == limit for had in before)]
+            # Lanes come to a source's last turn at different times. Those that are behind have theirs now.
+            part.close(end, [[s for s in leaving for _ in range(had[s], limited[s])] for had in before])
+            begins = part.ends
+            left = {source: limit for source, limit in left.items() if source not in leaving}
+        self.total = begins[0]  # a lane has as many turns as any other
 
-    def at(self, turn: int) -> Turn:
+    def at(self, lane: int, turn: int) -> Turn:
         """The source of a turn; after the last one, those that were left last go on, to fill a batch that was begun."""
-        part = next(part for part in reversed(self._parts) if part.begin <= turn)
-        return part.at(turn)
+        return next(part for part in reversed(self._parts) if part.begins[lane] <= turn).at(lane, turn)
 
 
 class _Part:
     """The schedule while the same sources take part."""
 
     def __init__(
-        self, begin: int, before: list[int], sources: list[int], weights: list[float], phase: Fraction
+        self, weights: dict[int, float], begins: list[int], before: list[list[int]], turns_per_step: int
     ) -> None:
-        self.begin, self.before = begin, before
-        shares = _whole_shares(weights)
+        self.begins, self.before = begins, before
+        shares = _whole_shares(list(weights.values()))
         self.period = sum(shares)
-        self.shift = int(phase * self.period)
+        self.shifts = [lane * turns_per_step % self.period for lane in range(len(begins))]
         self.order, places = _spread(tuple(shares))
-        self.sources = sources
-        self.shares = dict(zip(sources, shares, strict=True))
-        self.places = dict(zip(sources, places, strict=True))
-        self.passed = {source: int(np.searchsorted(at, self.shift)) for source, at in self.places.items()}
+        self.sources = list(weights)
+        self.shares = dict(zip(weights, shares, strict=True))
+        self.places = dict(zip(weights, places, strict=True))
+        # Where the sources that leave begin to have what they have left, and what that is.
+        self.closes: list[int] = []
+        self.rest: list[list[int]] = [[] for _ in begins]
 
-    def at(self, turn: int) -> Turn:
-        within = (turn - self.begin + self.shift) % self.period
+    def close(self, end: int, rest: list[list[int]]) -> None:
+        """Let each lane end with the turns ``rest``."""
+        self.closes = [max(begin, end) for begin in self.begins]
+        self.rest = rest
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the next part begins, in each lane."""
+        return [close + len(rest) for close, rest in zip(self.closes, self.rest, strict=True)]
+
+    def at(self, lane: int, turn: int) -> Turn:
+        """The source of a turn."""
+        rest: list[int] = []
+        if self.closes and (after := turn - self.closes[lane]) >= 0:
+            turn, rest = self.closes[lane], self.rest[lane][:after]
+            if after < len(self.rest[lane]):
+                source = self.rest[lane][after]
+                return Turn(source, self._had(lane, source, turn) + rest.count(source))
+            turn += after - len(rest)
+        within = (turn - self.begins[lane] + self.shifts[lane]) % self.period
         source = self.sources[self.order[within]]
-        return Turn(source, self.before[source] + self.turns(source, turn - self.begin))
+        return Turn(source, self._had(lane, source, turn) + rest.count(source))
 
-    def turns(self, source: int, count: int) -> int:
-        """How many of the first ``count`` turns are the source's."""
-        periods, within = divmod(count + self.shift, self.period)
-        return periods * self.shares[source] + int(np.searchsorted(self.places[source], within)) - self.passed[source]
+    def had(self, lane: int, turn: int) -> list[int]:
+        """How many turns each source of the schedule has had before ``turn``."""
+        had = list(self.before[lane])
+        for source in self.sources:
+            had[source] = self._had(lane, source, turn)
+        return had
 
-    def end(self, source: int, limit: int) -> int:
+    def end(self, lane: int, source: int, limit: int) -> int:
         """The turn before which the source has had ``limit`` turns."""
-        periods, rank = divmod(limit - self.before[source] + self.passed[source] - 1, self.shares[source])
-        return self.begin - self.shift + periods * self.period + int(self.places[source][rank]) + 1
+        missing = limit - self.before[lane][source] + self._passed(source, self.shifts[lane])
+        periods, rank = divmod(missing - 1, self.shares[source])
+        return self.begins[lane] - self.shifts[lane] + periods * self.period + int(self.places[source][rank]) + 1
+
+    def _had(self, lane: int, source: int, turn: int) -> int:
+        shift = self.shifts[lane]
+        count = self._passed(source, max(0, turn - self.begins[lane]) + shift) - self._passed(source, shift)
+        return self.before[lane][source] + count
+
+    def _passed(self, source: int, place: int) -> int:
+        """How many of the first ``place`` turns of the periods are the source's."""
+        periods, within = divmod(place, self.period)
+        return periods * self.shares[source] + int(np.searchsorted(self.places[source], within))
 
 
 @lru_cache(maxsize=64)
@@ -345,12 +376,10 @@ class Order:
             else -(-supply.max_epochs * source.size // (self.lanes * self.turn_size))
             for supply, source in zip(supplies, self.sources, strict=True)
         ]
+        turns = self.per_lane // self.turn_size
         weights = [supply.weight for supply in supplies]
-        if homogeneous:
-            self.schedules = [Schedule(weights, limits)] * self.lanes
-        else:
-            self.schedules = [Schedule(weights, limits, lane) for lane in range(self.lanes)]
-        turns, total = self.per_lane // self.turn_size, self.schedules[0].total
+        self.schedule = Schedule(weights, limits, 1 if homogeneous else self.lanes, turns)
+        total = self.schedule.total
         self.steps = None if total is None else -(-total // turns)
 
     def slots(self, step: int, lanes: range) -> list[Slot]:
@@ -361,13 +390,17 @@ class Order:
         """
         if self.steps is not None and step >= self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        turns = self.per_lane // self.turn_size
-        return [
-            Slot(turn.source, lane, turn.before * self.turn_size + i)
-            for lane in lanes
-            for turn in map(self.schedules[lane].at, range(step * turns, (step + 1) * turns))
-            for i in range(self.turn_size)
-        ]
+        count = self.per_lane // self.turn_size
+        slots = []
+        for lane in lanes:
+            # In a homogeneous step all lanes have the same source: the schedule has one lane for all.
+            turns = [self.schedule.at(lane % self.schedule.lanes, step * count + turn) for turn in range(count)]
+            slots += [
+                Slot(turn.source, lane, turn.before * self.turn_size + i)
+                for turn in turns
+                for i in range(self.turn_size)
+            ]
+        return slots
 
     def place(self, slot: Slot) -> Place:
         """Where the sample of a slot lies."""

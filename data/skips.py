@@ -21,7 +21,7 @@ class StreamError(UserError):
 
 
 class Skipped(NamedTuple):
-    """A sample that was replaced by the next one of its lane.
+    """A sample that was replaced by one of a later step.
 
     Attributes:
         source: name of the source.

@@ -215,21 +215,28 @@ class Source:
 
     def _read(self, shard: int, sample: Sample, extensions: Collection[str]) -> dict[str, bytes]:
         """Bytes of the members."""
-        spans = {extension: sample.members[extension] for extension in extensions}
-        for extension, (_, size) in spans.items():
-            if size > MAX_MEMBER_BYTES:  # before it is in memory
-                error = LimitError(f"member .{extension}: {size} bytes: at most {MAX_MEMBER_BYTES} are allowed")
+        members = sample.members
+        spans = [members[extension] for extension in extensions]
+        for span in spans:
+            if span[1] > MAX_MEMBER_BYTES:  # before it is in memory
+                extension = next(extension for extension in extensions if members[extension] == span)
+                error = LimitError(f"member .{extension}: {span[1]} bytes: at most {MAX_MEMBER_BYTES} are allowed")
                 raise self._bad(shard, sample, error)
         stored = self.shards[shard]
-        if self.cache is not None or len(spans) < 2 or not is_url(stored.location):
-            return dict(zip(spans, self._reader.read_spans(stored, spans.values()), strict=True))
-        # Over a network a read is a round trip, so members that lie close together are taken in one.
-        start = min(offset for offset, _ in spans.values())
-        end = max(offset + size for offset, size in spans.values())
-        if end - start > sum(size for _, size in spans.values()) + MAX_GAP:
-            return dict(zip(spans, self._reader.read_spans(stored, spans.values()), strict=True))
+        if self.cache is None and len(spans) > 1 and is_url(stored.location):
+            contents = self._read_together(stored, spans)
+        else:
+            contents = self._reader.read_spans(stored, spans)
+        return dict(zip(extensions, contents, strict=True))
+
+    def _read_together(self, stored: Shard, spans: list[tuple[int, int]]) -> list[bytes]:
+        """Over a network a read is a round trip, so members that lie close together are taken in one."""
+        start = min(offset for offset, _ in spans)
+        end = max(offset + size for offset, size in spans)
+        if end - start > sum(size for _, size in spans) + MAX_GAP:
+            return self._reader.read_spans(stored, spans)
         content = self._reader.read(stored, start, end - start)
-        return {e: content[offset - start : offset - start + size] for e, (offset, size) in spans.items()}
+        return [content[offset - start : offset - start + size] for offset, size in spans]
 
     def _decode(
         self, shard: int, sample: Sample, extension: str, content: bytes, decode: Callable[[bytes], Any]

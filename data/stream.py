@@ -21,12 +21,12 @@ from data.decode import MODALITIES
 from data.errors import UserError
 from data.index import find_shards, load_shards, write_whole
 from data.order import Order, Slot, Supply
-from data.skips import Skipped, Skips, StreamError, share
+from data.skips import MAX_KEYS, Skipped, Skips, StreamError, share
 from data.source import SampleError, Source
 from data.transforms import Views
 
 STATE = "stream.json"
-_SCHEMA = 1
+_SCHEMA = 2
 # So many samples of a lane in a row that can't be used are no accident.
 MAX_REPLACEMENTS = 1000
 
@@ -78,7 +78,7 @@ class DataConfig:
     window: int = 64
     """Shards of a source that are read, and shuffled, at a time."""
     max_bad_fraction: float = 0.05
-    """Share of rows whose sample can't be used above which the run stops; such a sample is replaced by the next."""
+    """Share of rows whose sample can't be used above which the run stops; others, of later steps, replace them."""
     allow_changed: bool = False
     """On resuming with other shards, weights, batch size or seed: begin a new pass over the data, not an error."""
     cache: str | None = None
@@ -170,8 +170,8 @@ def make_order(sources: Sequence[Source], config: DataConfig, seed: int, batch_s
 class Stream(IterableDataset[Batch]):
     """The training batches of one rank, endless unless every source has ``max_epochs``.
 
-    Batch by batch and rank by rank, rows are those of `Order`. A sample that can't be used is replaced by the next of
-    its lane, so that no other row moves, and is named in the batch's ``skipped``.
+    Batch by batch and rank by rank, rows are those of `Order`. A sample that can't be used is replaced by one that its
+    lane draws in a later step, so that no other row moves, and is named in the batch's ``skipped``.
     """
 
     def __init__(
@@ -208,6 +208,7 @@ class Stream(IterableDataset[Batch]):
         self.batch_size = batch_size
         self.step = self.begun = self.run_pass = 0
         self.skips = Skips(config.max_bad_fraction)
+        self._bad: dict[tuple[int, int, int], SampleError] = {}  # in this process: need not be decoded again
         self.order = make_order(self.sources, config, seed, batch_size)
         lanes = self.order.lanes
         if lanes % world:
@@ -249,10 +250,16 @@ class Stream(IterableDataset[Batch]):
         # After two epochs of a lane nothing new comes.
         attempts = min(MAX_REPLACEMENTS, 2 * -(-len(source) // self.order.lanes) + 1)
         for attempt in range(attempts):
-            place = self.order.place(slot._replace(draw=slot.draw + attempt))
+            # From the steps to come: one of this step would be in the batch twice, and be its own negative.
+            place = self.order.place(slot._replace(draw=slot.draw + attempt * self.order.per_lane))
+            at = (slot.source, place.shard, place.sample)
             try:
+                if at in self._bad:
+                    raise self._bad[at]
                 values = source.values(place.shard, place.sample, self.views, training=True)
             except SampleError as error:
+                if len(self._bad) < MAX_KEYS:
+                    self._bad[at] = error
                 # Its replacement may be bad, too; that one is counted in the slot of its own.
                 if attempt == 0:
                     skipped.append(Skipped.of(error))
@@ -269,19 +276,34 @@ class Stream(IterableDataset[Batch]):
 
         Raises:
             StreamError: on all ranks with the same message: one of them can't read its data, or more than
-                ``config.max_bad_fraction`` of all rows could not be used.
+                ``config.max_bad_fraction`` of all rows could not be used. Where anything else fails, such as a
+                worker that was killed, only the rank itself raises that.
         """
         distributed = self.world > 1 and dist.is_available() and dist.is_initialized()
         group = dist.new_group(backend="gloo") if distributed else None
-        for item in read_ahead(self, self.config.workers):
-            failure = item if isinstance(item, UserError) else None
-            mine = () if isinstance(item, UserError) else item.skipped
-            skipped, error = share(mine, None if failure is None else str(failure), group)
-            if error is not None or isinstance(item, UserError):
-                raise StreamError(error) from failure
-            self.step += 1
-            self.skips.add(skipped, self.batch_size)
-            yield item._replace(skipped=tuple(skipped))
+        items = read_ahead(self, self.config.workers)
+        try:
+            while True:
+                failure: Exception | None = None
+                batch: Batch | None = None
+                try:
+                    item = next(items, None)
+                    batch, failure = (None, item) if isinstance(item, UserError) else (item, None)
+                except Exception as error:  # noqa: BLE001 (raised below; other ranks would wait for this one until then)
+                    failure = error
+                if failure is None and batch is None:
+                    return
+                skipped, message = share(() if batch is None else batch.skipped, _message(failure), group)
+                if failure is not None and not isinstance(failure, UserError):
+                    raise failure
+                if message is not None or batch is None:
+                    raise StreamError(message) from failure
+                self.step += 1
+                self.skips.add(skipped, self.batch_size)
+                yield batch._replace(skipped=tuple(skipped))
+        finally:
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
 
     def fingerprint(self) -> dict[str, Any]:
         """All that fixes which sample stands where; a run that resumes must agree in it."""
@@ -376,6 +398,14 @@ class Stream(IterableDataset[Batch]):
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
+
+
+def _message(failure: Exception | None) -> str | None:
+    """Why a rank can't go on, for all of them."""
+    if failure is None or isinstance(failure, UserError):
+        return None if failure is None else str(failure)
+    rank = f"rank {dist.get_rank()}" if dist.is_available() and dist.is_initialized() else "reading"
+    return f"{rank} failed: {type(failure).__name__}: {failure}"
 
 
 def random_state(seed: int, run_pass: int, source: str, epoch: int, key: str) -> tuple[np.random.Generator, int]:

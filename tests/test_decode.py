@@ -353,8 +353,19 @@ def test_sound_comes_back_at_its_own_rate(format_: str, tolerance: float) -> Non
     tone = (0.5 * np.sin(np.arange(8000) * 0.1)).astype(np.float32)
     got = decode_audio(encode_sound(tone, format_, rate=22_050))
     assert got.rate == 22_050
-    assert got.samples.dtype == np.float32
-    np.testing.assert_allclose(got.samples, tone, atol=tolerance)
+    assert got.floats().dtype == np.float32
+    np.testing.assert_allclose(got.floats(), tone, atol=tolerance)
+
+
+@pytest.mark.parametrize("format_", ["WAV", "FLAC"])
+def test_16_bits_stay_what_they_are(format_: str) -> None:
+    given = np.arange(-32768, 32768, 7, dtype=np.int16)
+    file = io.BytesIO()
+    soundfile.write(file, given, 16_000, format=format_, subtype="PCM_16")
+    got = decode_audio(file.getvalue())
+    assert got.samples.dtype == np.int16
+    np.testing.assert_array_equal(got.samples, given)
+    np.testing.assert_array_equal(got.floats(), given / np.float32(32768))
 
 
 @pytest.mark.parametrize("format_", ["WAV", "FLAC"])

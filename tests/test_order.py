@@ -2,6 +2,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,9 +24,9 @@ WINDOWED = [
 WHOLE = [[0, 1, 12, 8, 10, 4, 13, 3, 2, 6], [5, 17, 7, 11, 15, 14, 16, 6, 9, 8]]
 MIXED = [
     *((0, 0, 0, 0), (0, 0, 0, 2), (0, 0, 0, 1), (1, 0, 1, 1)),
-    *((0, 0, 2, 2), (1, 0, 1, 0), (0, 0, 2, 3), (0, 0, 2, 0)),
+    *((0, 0, 2, 2), (0, 0, 2, 3), (0, 0, 2, 0), (1, 0, 1, 0)),
     *((0, 0, 1, 1), (0, 0, 1, 0), (0, 1, 1, 1), (1, 0, 0, 0)),
-    *((0, 0, 2, 1), (1, 1, 1, 0), (0, 1, 0, 2), (0, 1, 2, 2)),
+    *((0, 0, 2, 1), (0, 1, 0, 2), (0, 1, 2, 2), (1, 1, 1, 0)),
 ]
 
 
@@ -197,8 +198,8 @@ def test_every_word_of_the_key_counts() -> None:
 # --- The schedule
 
 
-def turns(schedule: Schedule, start: int, stop: int) -> list[int]:
-    return [schedule.at(turn).source for turn in range(start, stop)]
+def turns(schedule: Schedule, start: int, stop: int, lane: int = 0) -> list[int]:
+    return [schedule.at(lane, turn).source for turn in range(start, stop)]
 
 
 @pytest.mark.parametrize(
@@ -224,15 +225,15 @@ def test_each_period_has_exactly_the_shares(weights: Sequence[float], shares: Se
         counts = Counter(turns(schedule, start, start + period))
         assert [counts[source] for source in range(len(weights))] == list(shares)
     for turn in range(period):
-        source, before = schedule.at(turn)
-        assert schedule.at(turn + 10**6 * period) == (source, before + 10**6 * shares[source])
+        source, before = schedule.at(0, turn)
+        assert schedule.at(0, turn + 10**6 * period) == (source, before + 10**6 * shares[source])
     assert schedule.total is None
 
-    # A lane's turns are these, from elsewhere in the period on.
-    whole = turns(schedule, 0, 2 * period)
-    for lane in range(7):
-        begin = int(lane * 0.6180339887 % 1 * period)
-        assert turns(Schedule(weights, [None] * len(weights), lane), 0, period) == whole[begin : begin + period]
+    # A step of all lanes is a stretch of it.
+    lanes = Schedule(weights, [None] * len(weights), 7, 4)
+    for step in (0, 1, 1000):
+        rows = [source for lane in range(7) for source in turns(lanes, 4 * step, 4 * step + 4, lane)]
+        assert rows == turns(schedule, 4 * step, 4 * step + 28)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ LIMITED = [
 ]
 
 
-LANES = [0, 1, 3, 63]  # each begins elsewhere in the period
+LANES = [0, 1, 3, 63]  # of 64, each of which begins elsewhere in the period
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -272,17 +273,17 @@ LANES = [0, 1, 3, 63]  # each begins elsewhere in the period
 def test_a_turn_knows_how_many_its_source_had_before(
     weights: Sequence[float], limits: Sequence[int | None], lane: int
 ) -> None:
-    schedule = Schedule(weights, limits, lane)
+    schedule = Schedule(weights, limits, 64, 3)
     before: Counter[int] = Counter()
     for turn in range(300 if schedule.total is None else schedule.total + 50):
-        source, so_far = schedule.at(turn)
+        source, so_far = schedule.at(lane, turn)
         assert so_far == before[source]
         before[source] += 1
 
     # Far away nothing is lost either: before turn t, all sources together have had t.
     had: dict[int, int] = {}
     for turn in range(10**9, 10**9 + 300):
-        source, so_far = schedule.at(turn)
+        source, so_far = schedule.at(lane, turn)
         assert had.setdefault(source, so_far) == so_far
         had[source] += 1
     assert sum(had.values()) + sum(limit or 0 for i, limit in enumerate(limits) if i not in had) == 10**9 + 300
@@ -293,12 +294,12 @@ def test_a_turn_knows_how_many_its_source_had_before(
 def test_limits_are_kept_exactly_and_the_others_share_what_follows(
     weights: Sequence[float], limits: Sequence[int | None], lane: int
 ) -> None:
-    schedule = Schedule(weights, limits, lane)
+    schedule = Schedule(weights, limits, 64, 3)
     if None in limits:
         assert schedule.total is None
     else:
         assert schedule.total == sum(limit for limit in limits if limit is not None)
-    sequence = turns(schedule, 0, schedule.total or 3000)
+    sequence = turns(schedule, 0, schedule.total or 3000, lane)
     counts = Counter(sequence)
     for source, limit in enumerate(limits):
         assert counts[source] == limit or limit is None
@@ -312,13 +313,13 @@ def test_limits_are_kept_exactly_and_the_others_share_what_follows(
         share = (stop - start) / sum(weights[source] for source in left)
         assert set(part) <= set(left)
         for source in left:
-            assert abs(part[source] - share * weights[source]) <= 1.5
+            assert abs(part[source] - share * weights[source]) < 2  # less than one at either end
 
     # Those that were left last go on for as long as a batch that was begun needs turns, still in proportion.
-    filling = Counter(turns(schedule, len(sequence), len(sequence) + 60))
+    filling = Counter(turns(schedule, len(sequence), len(sequence) + 60, lane))
     assert set(filling) == set(left)
     for source in left:
-        assert abs(filling[source] - 60 * weights[source] / sum(weights[each] for each in left)) <= 1.5
+        assert abs(filling[source] - 60 * weights[source] / sum(weights[each] for each in left)) < 2
 
 
 @pytest.mark.parametrize("weights", [(1_000_003, 499_979, 99_991), (10**7, 7), (1.0, 1 / 7, 1e-9), (2**0.5, 1)])
@@ -407,19 +408,30 @@ def test_every_mixed_batch_has_its_share_of_all_sources(batch: int, weights: tup
     for step in range(60):
         counts = Counter(slot.source for slot in order.slots(step, range(order.lanes)))
         for source, weight in enumerate(weights):
-            assert abs(counts[source] - batch * weight / sum(weights)) <= 3  # rows
+            assert abs(counts[source] - batch * weight / sum(weights)) < 1  # row
 
 
-@pytest.mark.parametrize(("weights", "batch"), [((2816, 149, 11), 96), ((1935, 2821, 3935, 2358, 224), 384)])
-def test_lanes_are_in_step_with_no_share(weights: tuple[float, ...], batch: int) -> None:
-    # With lanes at equal distances in the period, these have batches with 27 rows too many of a source, or none.
+@pytest.mark.parametrize("trial", range(30))
+def test_no_mixed_batch_strays_two_rows_from_the_shares(trial: int) -> None:
+    random = np.random.default_rng(trial)
+    weights = random.integers(1, 10 ** random.integers(1, 4), random.integers(2, 7)).tolist()
+    batch = int(random.choice([8, 60, 96, 384, 1000]))
     order = Order(supplies(*weights), 0, batch)
     for step in range(60):
         counts = Counter(slot.source for slot in order.slots(step, range(order.lanes)))
         for source, weight in enumerate(weights):
-            share = weight / sum(weights)
-            # Nearer than three standard deviations of drawing at random.
-            assert abs(counts[source] - batch * share) < 3 * (batch * share * (1 - share)) ** 0.5
+            assert abs(counts[source] - batch * weight / sum(weights)) < 2
+
+
+def test_many_limited_sources_take_little_time_and_memory() -> None:
+    # They end at nearly the same turn, in another order in each lane.
+    made = [Supply(f"s{i}", [1000 + i] * 20, 20.0 * (1000 + i), 3) for i in range(12)]
+    began = time.process_time()
+    order = Order(made, 0, 384)
+    assert time.process_time() - began < 2  # 0.05 s; a table for each lane took 4
+    assert len(pickle.dumps(order)) < 5_000_000
+    assert order.steps is not None
+    assert order.steps * 384 - 60 * sum(1000 + i for i in range(12)) < 12 * 192 + 384  # part of a turn each, of a step
 
 
 def test_shares_that_a_batch_cant_have_come_out_even_over_several() -> None:

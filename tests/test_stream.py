@@ -424,12 +424,12 @@ dist.destroy_process_group()
 """
 
 
-def both_ranks(folder: Path, fraction: float, workers: int) -> list[str]:
+def both_ranks(folder: Path, script: str, *arguments: float) -> list[str]:
     (folder / "meet").unlink(missing_ok=True)
     root = Path(__file__).parents[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(folder), str(rank), str(fraction), str(workers)],
+            [sys.executable, "-c", script, str(folder), str(rank), *map(str, arguments)],
             stdout=subprocess.PIPE,
             text=True,
             cwd=root,
@@ -443,15 +443,47 @@ def both_ranks(folder: Path, fraction: float, workers: int) -> list[str]:
 
 def test_all_ranks_count_alike_and_stop_together(tmp_path: Path) -> None:
     write_source(tmp_path, [members(i, "t") if i % 8 else {"txt": b"\xff"} for i in range(96)], per_shard=12)
-    counted, other = both_ranks(tmp_path, 1.0, 0)
+    counted, other = both_ranks(tmp_path, RANKS, 1.0, 0)
     assert counted == other
     assert counted.startswith("done")
     assert counted.count("TextError") == 12  # all, whichever rank met them
 
-    stopped, other = both_ranks(tmp_path, 0.005, 1)
+    stopped, other = both_ranks(tmp_path, RANKS, 0.005, 1)
     assert stopped == other
     assert stopped.startswith("stopped")
     assert "data.max_bad_fraction=0.005" in stopped
+
+
+KILLED = """
+import multiprocessing, sys
+import torch.distributed as dist
+from data.index import find_shards, load_shards
+from data.skips import StreamError
+from data.source import Source
+from data.stream import DataConfig, Stream
+from data.transforms import TextView, Views
+from tests.samples import tokenizer
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+sources = [Source(load_shards(find_shards([f"{folder}/train-*.tar"])))]
+stream = Stream(sources, DataConfig(views=Views(None, TextView(), None), workers=1), tokenizer(), seed=0, batch_size=12,
+                rank=rank, world=2)
+try:
+    for batch in stream.batches():
+        if stream.step == 3 and rank == 1:
+            multiprocessing.active_children()[0].kill()
+except (RuntimeError, StreamError) as error:
+    print(type(error).__name__, error)
+dist.destroy_process_group()
+"""
+
+
+def test_a_killed_worker_stops_all_ranks(tmp_path: Path) -> None:
+    write_source(tmp_path, [members(i, "t") for i in range(96)], per_shard=12)
+    waiting, failed = both_ranks(tmp_path, KILLED)
+    assert failed.startswith("RuntimeError DataLoader worker")
+    assert waiting.startswith("StreamError rank 1 failed: RuntimeError: DataLoader worker")
 
 
 # Settings

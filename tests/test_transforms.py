@@ -17,7 +17,19 @@ import data.transforms
 from data.batch import Batch, Field
 from data.decode import Waveform, decode_audio
 from data.index import build_index
-from data.transforms import AudioView, ImageView, LogMel, OnDevice, Pixels, TextView, View, Views, make_field
+from data.transforms import (
+    AudioView,
+    ImageView,
+    LogMel,
+    OnDevice,
+    Pixels,
+    TextView,
+    View,
+    Views,
+    _left,
+    _lend,
+    make_field,
+)
 from tests.samples import encode_image, encode_sound, noise, noise_image, tokenizer
 
 Picture = npt.NDArray[np.uint8]
@@ -580,7 +592,7 @@ def test_masks_are_stretches_of_all_widths_and_places() -> None:
     seeds = torch.arange(600)
     field = for_training(view, [waveform(sound)])
     field = Field(field.x.expand(600, -1), torch.arange(600), field.valid.expand(600, -1))  # type: ignore[union-attr]
-    plain, masked = AudioView(frames=20, mels=16).on_device()(field).x[0], view.on_device()(field, seeds).x
+    plain, masked = AudioView(frames=20, mels=16).on_device()(field, seeds).x[0], view.on_device()(field, seeds).x
     hidden = masked == 0
     assert torch.equal(masked.masked_fill(hidden, 7), plain.expand(600, -1, -1).masked_fill(hidden, 7))
     assert not hidden[:, 16:].any()  # padding stays what it is in evaluation
@@ -593,6 +605,27 @@ def test_masks_are_stretches_of_all_widths_and_places() -> None:
         assert set(starts.tolist()) == set(range(size - widest + 1))
         edges = places.int().diff(dim=1, prepend=torch.zeros(600, 1, dtype=torch.int))
         assert ((edges == 1).sum(dim=1) == (widths > 0)).all()  # one stretch
+
+
+def test_training_hears_what_evaluation_hears() -> None:
+    # In half the precision: in units of the normalised spectrogram.
+    view = AudioView(frames=60, mels=64)
+    field = for_training(view, [waveform(noise_sound(0, 9000)), waveform(noise_sound(1, 4000))])
+    trained, evaluated = view.on_device()(field, torch.arange(2)).x, view.on_device()(field).x
+    torch.testing.assert_close(trained, evaluated, atol=1e-3, rtol=0)
+
+
+def test_memory_is_lent_again_only_when_nothing_refers_to_it() -> None:
+    size = 3_000_000
+    first = _lend(size)
+    address, tensor = first.ctypes.data, torch.from_numpy(first)[5:].view(-1)
+    del first
+    others = [_lend(size) for _ in range(10)]
+    assert address not in [other.ctypes.data for other in others]
+    del tensor
+    assert _lend(size - 1000).ctypes.data == address
+    del others
+    assert len(_left) <= 8
 
 
 def test_a_mask_longer_than_the_clip_covers_at_most_the_clip() -> None:

@@ -49,7 +49,7 @@ def speak(digit: str, variant: str, accent: str, speed: int, pitch: int) -> Clip
         voice = ["-v", f"{accent}+{variant}", "-s", str(speed), "-p", str(pitch)]
         subprocess.run(["espeak-ng", *voice, "-w", file.name, digit], check=True)  # noqa: S603, S607
         sound = decode_audio(Path(file.name).read_bytes())
-    x = soxr.resample(sound.samples, sound.rate, RATE).astype(np.float32)
+    x = soxr.resample(sound.floats(), sound.rate, RATE)
     loud = np.flatnonzero(np.abs(x) > 0.01 * np.abs(x).max())
     x = x[loud[0] : loud[-1] + 1]
     return np.asarray(x * (0.9 / np.abs(x).max()), dtype=np.float32)
@@ -78,7 +78,7 @@ def bank_voices() -> dict[str, dict[str, list[Clip]]]:
             split, _, voice = key.split("_")
             offset, size = members["flac"]
             file.seek(offset)
-            clips[split].setdefault(voice, []).append(decode_audio(file.read(size)).samples)
+            clips[split].setdefault(voice, []).append(decode_audio(file.read(size)).floats())
     return clips
 
 
