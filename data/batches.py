@@ -1,6 +1,8 @@
 """Rows to batches, in this process or ahead in others; and one pass over a source, for evaluation."""
 
 import gc
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -55,6 +57,10 @@ def collate(
     return Batch(fields, size, keys, torch.tensor(seeds) if training else None)
 
 
+class WorkerError(UserError):
+    """A process that reads ahead has died."""
+
+
 def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch | UserError]:
     """Batches in order; an error comes as the last item, the same with and without workers."""
     loader = DataLoader(
@@ -65,12 +71,35 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
         prefetch_factor=max(2, 4 // workers) if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+    handler = signal.getsignal(signal.SIGCHLD)
     # What is frozen, a forked worker's garbage collector leaves alone: it would copy all of it by touching it.
     gc.freeze()
     try:
-        return iter(loader)
+        items = iter(loader)
     finally:
         gc.unfreeze()
+    if workers and threading.current_thread() is threading.main_thread():
+        # torch's handler raises of a killed worker wherever the process stands, such as halfway through telling the
+        # other ranks something. Without it the next batch that is asked for raises.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    try:
+        yield from items
+    except (RuntimeError, OSError, EOFError) as error:
+        # A dead worker shows as torch's own finding, or as a connection over which it no longer hands on a batch. What
+        # was raised in a worker that lives is another matter.
+        if (
+            not workers
+            or str(error).startswith("Caught ")
+            or not (
+                str(error).startswith("DataLoader worker")
+                or isinstance(error, ConnectionError | FileNotFoundError | EOFError)
+            )
+        ):
+            raise
+        yield WorkerError(
+            f"one of data.workers={workers} reading processes died ({error}); the system kills them where memory runs "
+            "out, and they die where shared memory (/dev/shm) does"
+        )
 
 
 class _ErrorsAsValues(IterableDataset[Any]):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -124,4 +125,9 @@ def share(skipped: Sequence[Skipped], error: str | None, group: Any) -> tuple[li
         return [], None
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, (list(skipped), error), group=group)
+    if any(text is not None for _, text in told):
+        # All will leave now. One that did so before the others have heard why would only be seen to hang up; whoever
+        # sees that here has heard.
+        with suppress(RuntimeError):
+            dist.barrier(group=group)
     return [skip for skips, _ in told for skip in skips], next((text for _, text in told if text is not None), None)

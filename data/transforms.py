@@ -193,8 +193,8 @@ class SoundRoom(NamedTuple):
     """
 
     samples: Tensor
-    lengths: Tensor
-    cut: Tensor
+    lengths: npt.NDArray[np.int64]
+    cut: npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -246,7 +246,7 @@ class AudioView:
     def allocate(self, n: int, training: bool) -> SoundRoom:
         """(n, samples)."""
         samples = _memory((n, self.samples), torch.int16)
-        return SoundRoom(samples, torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool))
+        return SoundRoom(samples, np.zeros(n, np.int64), np.zeros(n, np.bool_))
 
     def put(self, room: SoundRoom, i: int, sound: Waveform, random: np.random.Generator | None) -> None:
         """At 16 kHz and the random speed, at most ``samples`` long.
@@ -270,7 +270,7 @@ class AudioView:
 
     def field(self, room: SoundRoom, n: int, tokenizer: PreTrainedTokenizerBase) -> Field:
         """(n, samples) int16, a view of the room, and which of them are no padding."""
-        lengths, cut = room.lengths[:n, None], int(room.cut[:n].sum())
+        lengths, cut = torch.from_numpy(room.lengths[:n, None]), int(room.cut[:n].sum())
         if (lengths == self.samples).all():
             return Field(room.samples[:n], torch.arange(n), cut=cut)
         valid = torch.lt(torch.arange(self.samples), lengths, out=_memory((n, self.samples), torch.bool))
@@ -315,6 +315,7 @@ class Pixels(nn.Module):
     def __init__(self, view: ImageView) -> None:
         super().__init__()
         self.view = view
+        self.minus_one = nn.Buffer(torch.tensor(-1.0), persistent=False)
 
     def forward(self, image: Field, seeds: Tensor | None = None) -> Field:
         """(n, 3, side, side) uint8 -> (n, 3, size, size) float32; seeds (n,), or None for evaluation."""
@@ -322,7 +323,8 @@ class Pixels(nn.Module):
         if seeds is None or not (self.view.resamples or self.view.colour > 0):
             pixels = _like(image.x, torch.float32)
             for part, place in zip(torch.split(image.x, few), torch.split(pixels, few), strict=True):
-                place.copy_(part).div_(127.5).sub_(1)
+                # x / 127.5 - 1 in one step, to 2e-7.
+                torch.add(self.minus_one, part.float(), alpha=1 / 127.5, out=place)
             return image._replace(x=pixels)
         parts = []
         for part, seed in zip(torch.split(image.x, few), torch.split(seeds, few), strict=True):
