@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -54,33 +55,40 @@ def add_order(parser: argparse.ArgumentParser) -> None:
 
 
 def run_order(arguments: argparse.Namespace) -> int:
-    """Per global step, the keys of its rows in order, as training reads them from the start of a run.
+    """Per global step, the keys of its rows in order: of the run in the recipe's ``out``, or of one that begins now.
 
     Nothing is decoded: where a sample turns out to be unusable, training takes one of a later step of its lane.
     """
     # Here, since a recipe's parts take seconds to import, which the other commands need not wait for.
-    from data.stream import make_order, open_train
+    from data.stream import make_order, open_train, read_state
+    from pretrain.checkpoint import find_last
     from pretrain.config import load_config
 
     if arguments.start < 0 or arguments.steps < 1 or arguments.world < 1 or arguments.workers < 0:
         raise UserError("--start and --workers must be 0 or more, --steps and --world 1 or more")
     config = load_config(arguments.recipe, arguments.overrides)
     sources = open_train(config.data)
-    order = make_order(sources, config.data, config.seed, config.train.batch_size)
+    checkpoint = find_last(Path(config.out) / "checkpoints")
+    # Where the data were exchanged during the run, another pass over them began.
+    began, run_pass = (0, 0) if checkpoint is None else read_state(checkpoint)
+    if arguments.start < began:
+        raise UserError(f"--start {arguments.start}: the run has other data since step {began}")
+    order = make_order(sources, config.data, config.seed, config.train.batch_size, run_pass)
     if order.lanes % arguments.world:
         raise UserError(f"--world {arguments.world}: must divide the {order.lanes} lanes of a batch")
     share = order.lanes // arguments.world
     for step in range(arguments.start, arguments.start + arguments.steps):
-        if order.steps is not None and step >= order.steps:
-            raise UserError(f"step {step}: max_epochs of all sources end at step {order.steps}")
+        if order.steps is not None and step - began >= order.steps:
+            raise UserError(f"step {step}: max_epochs of all sources end at step {began + order.steps}")
         for rank in range(arguments.world):
             who = f" rank {rank}" if arguments.world > 1 else ""
             who += f" worker {step % arguments.workers}" if arguments.workers else ""
             keys = []
-            for slot in order.slots(step, range(rank * share, (rank + 1) * share)):
+            for slot in order.slots(step - began, range(rank * share, (rank + 1) * share)):
                 place, source = order.place(slot), sources[slot.source]
                 name = "" if len(sources) == 1 else f"{source.name}:"
-                keys.append(name + source.sample(place.shard, place.sample).key)
+                key = name + source.sample(place.shard, place.sample).key
+                keys.append(json.dumps(key) if any(map(str.isspace, key)) else key)
             print(f"step {step}{who}: {' '.join(keys)}")
     return 0
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -343,8 +344,7 @@ class Stream(IterableDataset[Batch]):
         Raises:
             StreamError: the data are not the same, or the state is of another schema.
         """
-        if state["schema"] != _SCHEMA:
-            raise StreamError(f"{STATE}: schema {state['schema']}, this version reads {_SCHEMA}")
+        _check_schema(state)
         then, now = state["fingerprint"], self.fingerprint()
         changed = [
             f"{key}: {then.get(key)} then, {now.get(key)} now"
@@ -375,15 +375,8 @@ class Stream(IterableDataset[Batch]):
         Raises:
             StreamError: the file is missing or damaged, or what `load_state_dict` raises.
         """
-        path = folder / STATE
-        try:
-            return self.load_state_dict(json.loads(path.read_text()))
-        except FileNotFoundError as error:
-            raise StreamError(f"{path}: no such file; the checkpoint does not say where its data stood") from error
-        except StreamError as error:
-            raise StreamError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise StreamError(f"{path}: damaged ({error!r})") from error
+        with _reading(folder / STATE) as state:
+            return self.load_state_dict(state)
 
     def attach(self, accelerator: Accelerator) -> None:
         """Save with ``accelerator.save_state`` and load with ``accelerator.load_state``, as ``stream.json``."""
@@ -398,6 +391,35 @@ class Stream(IterableDataset[Batch]):
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """The state in a file; what is wrong with it is reported with its name."""
+    try:
+        yield json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StreamError(f"{path}: no such file; the checkpoint does not say where its data stood") from error
+    except StreamError as error:
+        raise StreamError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise StreamError(f"{path}: damaged ({error!r})") from error
+
+
+def read_state(folder: Path) -> tuple[int, int]:
+    """The step at which the pass over the data began that ``folder/stream.json`` is in, and that pass's number.
+
+    Raises:
+        StreamError: the file is missing, damaged or of another schema.
+    """
+    with _reading(folder / STATE) as state:
+        _check_schema(state)
+        return int(state["pass_began"]), int(state["pass"])
+
+
+def _check_schema(state: Mapping[str, Any]) -> None:
+    if state["schema"] != _SCHEMA:
+        raise StreamError(f"{STATE}: schema {state['schema']}, this version reads {_SCHEMA}")
 
 
 def _message(failure: Exception | None) -> str | None:

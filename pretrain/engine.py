@@ -37,11 +37,12 @@ class TrainingError(UserError):
     """Training can't go on; names the step and the terms."""
 
 
-def pretrain(config: Config) -> Path:
+def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
     """Train from the start or from the newest checkpoint to the last step.
 
     Args:
         config: the whole run. ``config.out`` gets config.yaml, env.json, metrics.jsonl and checkpoints/.
+        sources: ``open_train(config.data)``, for those who have it already.
 
     Returns:
         the last checkpoint's folder.
@@ -55,7 +56,7 @@ def pretrain(config: Config) -> Path:
     """
     accelerator = start_accelerator(config.train)
     checkpoints = prepare_folder(config)
-    sources = open_train(config.data)
+    sources = open_train(config.data) if sources is None else sources
     check_modalities(config, sources)
     resumed_from = find_last(checkpoints)
     tokenizer = make_tokenizer(config.tokenizer, sources, resumed_from)
@@ -93,7 +94,9 @@ def pretrain(config: Config) -> Path:
 
     steps, batch_size = config.train.steps, config.train.batch_size
     on_device = OnDevice(config.data.views).to(accelerator.device)
-    progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, config.train.log_every)
+    # A line at each checkpoint too, so that none before it is lost to a run that resumes from it.
+    every = (config.train.log_every, config.train.save_every)
+    progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, every, stream.skips)
     model.train()
     batches = progress.timed(stream.batches())
     while True:
@@ -108,10 +111,10 @@ def pretrain(config: Config) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        if progress.due or step % config.train.save_every == 0:
+        if progress.due:
             check_finite(loss, norm, step)
         values = {"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate, **shares_cut(batch)}
-        progress.update(values, batch.skipped)
+        progress.update(values)
         if step % config.train.save_every == 0 or step == steps:
             saved = save_checkpoint(
                 checkpoints, step, bare, tokenizer, bare_optimizer, stream, identity, config.train.keep

@@ -76,15 +76,16 @@ def run(config: Config) -> None:
     device = start_accelerator(config.train).device
     if config.data.embedded == "digits":
         digits.build(Path(config.data.root))
+    sources = open_train(config.data)
     scored = config.eval.label is not None
     splits: dict[str, Source] = {}
     if scored:  # a wrong label should show now, not after the training
-        train = [shard for source in open_train(config.data) for shard in source.shards]
+        train = [shard for source in sources for shard in source.shards]
         splits["train"] = Source(train, cache=open_cache(config.data))
         splits["val"], splits["test"] = (open_split(config.data, p) for p in (config.data.val, config.data.test))
         read_labels(splits, config.eval)
 
-    checkpoint = pretrain(config)
+    checkpoint = pretrain(config, sources)
     out = Path(config.out)
     encoder, tokenizer = load_encoder(checkpoint)
     folders = export(encoder, tokenizer, out / "export")

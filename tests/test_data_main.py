@@ -48,6 +48,26 @@ def test_order_takes_settings_and_names_sources(tmp_path: Path, capsys: pytest.C
     assert {key.split("-")[0] for key in keys} == {"train:train", "other:val"}
 
 
+def test_order_follows_the_run_into_its_next_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path))
+    config = tiny_config(tmp_path)
+    before = Stream(open_train(config.data), config.data, tiny_tokenizer(), seed=config.seed, batch_size=8)
+    before.step = 5
+    config.data.train["train"].shards = ["train-00000.tar"]
+    config.data.allow_changed = True
+    stream = Stream(open_train(config.data), config.data, tiny_tokenizer(), seed=config.seed, batch_size=8)
+    stream.load_state_dict(before.state_dict())
+    stream.step = 7
+    (checkpoint := Path(config.out) / "checkpoints" / "step-00000007").mkdir(parents=True)
+    stream.save(checkpoint)
+
+    settings = ["data.train=[train-00000.tar]", f"out={config.out}"]
+    assert main(["order", recipe, *settings, "--start", "7"]) == 0
+    assert lines(capsys) == [f"step 7: {' '.join(stream.batch(7).keys)}"]
+    assert main(["order", recipe, *settings, "--start", "4"]) == 2
+    assert "other data since step 5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

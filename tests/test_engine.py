@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import pretrain.engine
 from data.index import index_path, load_index
 from data.shards import write_shards
-from data.skips import Skipped, StreamError
+from data.skips import Skips, StreamError
 from data.stream import SourceConfig
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last
@@ -53,12 +53,10 @@ def cut_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Let training end in the middle of a step."""
     update = Progress.update
 
-    def maybe(
-        self: Progress, values: Mapping[str, Tensor | float], skipped: Sequence[Skipped] = ()
-    ) -> dict[str, float] | None:
+    def maybe(self: Progress, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
         if self.step + 1 == step:
             raise PowerCutError
-        return update(self, values, skipped)
+        return update(self, values)
 
     patch.setattr(Progress, "update", maybe)
 
@@ -303,6 +301,30 @@ def test_skipped_samples_stand_in_the_metrics_and_in_the_checkpoint(
     assert sample.key in skipped_samples(checkpoint)
 
 
+def test_nothing_skipped_is_missing_from_the_metrics(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.steps=6", "train.save_every=2", "train.log_every=100")
+    shard = tmp_path / "train-00000.tar"
+    content = bytearray(shard.read_bytes())
+    bad = load_index(shard).samples[::4]
+    for sample in bad:
+        offset, _ = sample.members["png"]
+        content[offset : offset + 8] = bytes(8)
+    shard.write_bytes(content)
+    index_path(shard).unlink()
+
+    def told(run: str) -> int:
+        return sum(json.loads(line)["skipped"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+
+    # At each checkpoint a line is due, whatever log_every is: what stands before it, no resumed run would see again.
+    state = json.loads((pretrain.engine.pretrain(config) / "stream.json").read_text())
+    assert told("run") == sum(count for *_, count in state["skipped"]["samples"]) >= len(bad)
+    # The samples that end a run stand there, too.
+    config.out, config.data.max_bad_fraction = str(tmp_path / "ended"), 0.0
+    with pytest.raises(StreamError, match="max_bad_fraction=0"):
+        pretrain.engine.pretrain(config)
+    assert told("ended") >= 1
+
+
 def test_other_data_may_begin_a_new_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain.engine.pretrain(tiny_config(tmp_path, "train.steps=4"))
     changes = ["data.train=[train-00000.tar]", "train.batch_size=6", "train.steps=6"]
@@ -449,7 +471,7 @@ def test_later_and_half_written_lines_of_metrics_are_dropped(tmp_path: Path) -> 
 
 def test_progress_averages_since_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
-    progress = Progress(path, steps=5, start=0, batch_size=4, every=2)
+    progress = Progress(path, steps=5, start=0, batch_size=4, every=[2], skips=Skips())
     values: list[dict[str, Tensor | float]] = [
         {"loss": torch.tensor(1.0, requires_grad=True), "rate": 0.5},
         {"loss": torch.tensor(3.0), "rate": 1.0, "sometimes": 7.0},
@@ -486,7 +508,7 @@ def test_rates_waits_and_the_time_to_go(
             yield batch
 
     # Resumed at step 6 of 10: what came before took none of this run's time.
-    progress = Progress(tmp_path / "metrics.jsonl", steps=10, start=6, batch_size=8, every=2)
+    progress = Progress(tmp_path / "metrics.jsonl", steps=10, start=6, batch_size=8, every=[2], skips=Skips())
     seen = []
     for batch in progress.timed(slow()):
         seen.append(batch)
