@@ -85,21 +85,21 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
     try:
         yield from items
     except (RuntimeError, OSError, EOFError) as error:
-        # A dead worker shows as torch's own finding, or as a connection over which it no longer hands on a batch. What
-        # was raised in a worker that lives is another matter.
-        if (
-            not workers
-            or str(error).startswith("Caught ")
-            or not (
-                str(error).startswith("DataLoader worker")
-                or isinstance(error, ConnectionError | FileNotFoundError | EOFError)
-            )
-        ):
+        if not workers or not _is_death(error):
             raise
         yield WorkerError(
             f"one of data.workers={workers} reading processes died ({error}); the system kills them where memory runs "
             "out, and they die where shared memory (/dev/shm) does"
         )
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether an error means that a worker is dead, and was not raised in one that lives."""
+    text = str(error)
+    if text.startswith("Caught "):  # torch's words for the latter
+        return False
+    # What torch finds, or a connection over which a dead worker no longer hands on a batch that it announced.
+    return text.startswith("DataLoader worker") or isinstance(error, ConnectionError | FileNotFoundError | EOFError)
 
 
 class _ErrorsAsValues(IterableDataset[Any]):

@@ -13,6 +13,7 @@ from data.source import SampleError
 
 # Distinct samples that are kept by name; the rest are counted by shard.
 MAX_KEYS = 10_000
+_OTHERS = "..."
 # A share is judged as if at least so many rows had been read: 1 of the first 8 is not 12 per cent.
 MIN_ROWS = 1000
 
@@ -67,7 +68,7 @@ class Skips:
         for skip in skipped:
             entry = (skip.source, skip.shard, skip.key, skip.error)
             if entry not in self.counts and len(self.counts) >= MAX_KEYS:
-                entry = (skip.source, skip.shard, "...", skip.error)
+                entry = (skip.source, skip.shard, _OTHERS, skip.error)
             self.counts[entry] += 1
         if skipped and self.total > self.max_fraction * max(self.rows, MIN_ROWS):
             raise StreamError(
@@ -84,11 +85,12 @@ class Skips:
         for (source, shard, key, error), count in self.counts.items():
             by_kind[source, shard, error] += count
             examples.setdefault((source, shard, error), []).append(key)
-        lines = [
-            f"  {source}  {shard}  {error}  {count} times in {len(examples[source, shard, error])} samples, "
-            f"such as {printable(examples[source, shard, error][0])}"
-            for (source, shard, error), count in by_kind.most_common(rows)
-        ]
+        lines = []
+        for kind, count in by_kind.most_common(rows):
+            keys = [key for key in examples[kind] if key != _OTHERS]
+            many = "" if len(keys) == len(examples[kind]) else "more than "
+            example = f", such as {printable(keys[0])}" if keys else ""
+            lines.append(f"  {'  '.join(kind)}  {count} times in {many}{len(keys)} samples{example}")
         if len(by_kind) > rows:
             lines.append(f"  ... and {len(by_kind) - rows} more kinds")
         return "\n".join(lines)

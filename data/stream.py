@@ -284,24 +284,16 @@ class Stream(IterableDataset[Batch]):
         group = dist.new_group(backend="gloo") if distributed else None
         items = read_ahead(self, self.config.workers)
         try:
-            while True:
-                failure: Exception | None = None
-                batch: Batch | None = None
-                try:
-                    item = next(items, None)
-                    batch, failure = (None, item) if isinstance(item, UserError) else (item, None)
-                except Exception as error:  # noqa: BLE001 (raised below; other ranks would wait for this one until then)
-                    failure = error
-                if failure is None and batch is None:
-                    return
-                skipped, message = share(() if batch is None else batch.skipped, _message(failure), group)
+            while (item := _next(items)) is not None:
+                failure = item if isinstance(item, Exception) else None
+                skipped, message = share(() if isinstance(item, Exception) else item.skipped, _message(failure), group)
                 if failure is not None and not isinstance(failure, UserError):
                     raise failure
-                if message is not None or batch is None:
+                if message is not None or isinstance(item, Exception):
                     raise StreamError(message) from failure
                 self.step += 1
                 self.skips.add(skipped, self.batch_size)
-                yield batch._replace(skipped=tuple(skipped))
+                yield item._replace(skipped=tuple(skipped))
         finally:
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)
@@ -420,6 +412,14 @@ def read_state(folder: Path) -> tuple[int, int]:
 def _check_schema(state: Mapping[str, Any]) -> None:
     if state["schema"] != _SCHEMA:
         raise StreamError(f"{STATE}: schema {state['schema']}, this version reads {_SCHEMA}")
+
+
+def _next(items: Iterator[Batch | UserError]) -> Batch | Exception | None:
+    """The next batch, or an error, given and not raised: other ranks wait for this one until they are told."""
+    try:
+        return next(items, None)
+    except Exception as error:  # noqa: BLE001 (raised by the caller)
+        return error
 
 
 def _message(failure: Exception | None) -> str | None:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from data.batch import Batch
 from data.errors import UserError
-from data.skips import StreamError
+from data.skips import Skipped, Skips, StreamError
 from data.source import Source
 from data.stream import DataConfig, SourceConfig, Stream, open_train, random_state
 from data.transforms import AudioView, ImageView, TextView, Views
@@ -395,6 +395,17 @@ def test_a_shard_that_vanishes_during_a_run_is_named(tmp_path: Path, workers: in
     Path(source.shards[1].location).unlink()
     with pytest.raises(UserError, match=r"train-00001\.tar"):
         list(itertools.islice(stream(source, workers=workers).batches(), 2))
+
+
+def test_beyond_so_many_samples_skips_are_counted_without_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.skips.MAX_KEYS", 3)
+    skips = Skips()
+    skips.add([Skipped("a", "a.tar", f"k{i}", "TextError", "bad") for i in (0, 1, 2, 3, 4, 0)], 100)
+    again = Skips()
+    again.restore(json.loads(json.dumps(skips.state())))
+    for counted in (skips, again):
+        assert counted.total == 6
+        assert counted.table() == "  a  a.tar  TextError  6 times in more than 3 samples, such as k0"
 
 
 RANKS = """
