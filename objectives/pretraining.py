@@ -117,14 +117,14 @@ class Pretraining(nn.Module):
             joint = [self._joint(group, generator) for group in group_by_presence(batch, rows)]
         passes = Passes(self.encoder, embeddings, joint)
 
-        # With a gradient, so that a batch that feeds no objective is a step of zeros and no error.
-        total = 0.0 * self.encoder.norm.bias.sum()
+        total = torch.zeros((), device=self.ordinary.device)
         terms: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             for term, value in objective(passes).items():
                 terms[term] = value
                 total = total + self.weights[name] * value
-        return Loss(total, terms)
+        reaching: Tensor = _Reaches.apply(total, *self.parameters())  # type: ignore[no-untyped-call]
+        return Loss(reaching, terms)
 
     def _unimodal(self, batch: Batch, generator: torch.Generator, whole: bool) -> dict[str, Field]:
         embeddings = {}
@@ -157,6 +157,24 @@ class Pretraining(nn.Module):
             else:
                 streams[name] = self.encoder.tokens(name, field_)
         return JointPass(inputs, self.encoder.trunk(streams), splits, chosen)
+
+
+class _Reaches(torch.autograd.Function):
+    """Gives every parameter a gradient, of zeros where the batch has nothing that it works on.
+
+    A rank whose batch lacks a modality must still take part when gradients are averaged, and a batch that feeds no
+    objective is a step of zeros and no error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters)
+        return gradients[0], *zeros
 
 
 def group_by_presence(batch: Batch, rows: int) -> list[dict[str, Field]]:

@@ -38,7 +38,7 @@ from data.batch import Field
 from data.errors import UserError
 from pretrain.checkpoint import load_encoder
 from pretrain.model.encoder import Encoder
-from pretrain.model.layers import LAYER_NORM_EPS, Block
+from pretrain.model.layers import LAYER_NORM_EPS, Block, weights_of
 from pretrain.model.tokenizers import PatchTokenizer
 
 TOLERANCE = 1e-5
@@ -108,7 +108,7 @@ def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> 
     )
     with torch.no_grad():
         _copy_patches(model.embeddings, tokenizer, [model.embeddings.cls_token])
-        _copy_vit_layers(model, encoder)
+        _copy_vit_layers(model, encoder, "image")
         model.pooler.dense.weight.copy_(torch.eye(config.width))
         model.pooler.dense.bias.zero_()
     model.save_pretrained(folder)
@@ -132,7 +132,7 @@ def export_audio(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> 
     )
     with torch.no_grad():
         _copy_patches(model.embeddings, tokenizer, [model.embeddings.cls_token, model.embeddings.distillation_token])
-        _copy_vit_layers(model, encoder)
+        _copy_vit_layers(model, encoder, "audio")
     model.save_pretrained(folder)
     if view is not None:
         ASTFeatureExtractor(
@@ -160,15 +160,15 @@ def export_text(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Pa
         model.embeddings.position_embeddings.weight.copy_(source.positions.weight)
         model.embeddings.token_type_embeddings.weight.zero_()
         _copy(model.embeddings.LayerNorm, source.norm)
-        for layer, block in zip(model.encoder.layer, _blocks(encoder), strict=True):
-            attention = layer.attention.self
-            _copy_qkv([attention.query, attention.key, attention.value], block)
-            _copy(layer.attention.output.dense, block.attention.out)
-            _copy(layer.attention.LayerNorm, block.norm1)
-            _copy(layer.intermediate.LayerNorm, block.norm2)
-            _copy(layer.intermediate.dense, block.fc1)
-            _copy(layer.output.dense, block.fc2)
-        _copy(model.LayerNorm, encoder.norm)
+        for layer, (attention, feed_forward) in zip(model.encoder.layer, _blocks(encoder, "text"), strict=True):
+            stock = layer.attention.self
+            _copy_qkv([stock.query, stock.key, stock.value], attention)
+            _copy(layer.attention.output.dense, attention.out)
+            _copy(layer.attention.LayerNorm, attention.norm)
+            _copy(layer.intermediate.LayerNorm, feed_forward.norm)
+            _copy(layer.intermediate.dense, feed_forward.fc1)
+            _copy(layer.output.dense, feed_forward.fc2)
+        _copy(model.LayerNorm, weights_of(encoder.norm, "text"))
         _copy(model.pooler.dense, _part(encoder, "heads.text").dense)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder, positions - encoder.vocabulary.pad_id - 1)
@@ -250,8 +250,13 @@ def _part(encoder: Encoder, name: str) -> Any:
     return encoder.get_submodule(name)
 
 
-def _blocks(encoder: Encoder) -> list[Block]:
-    return [block for block in encoder.blocks if isinstance(block, Block)]
+def _blocks(encoder: Encoder, modality: str) -> list[tuple[Any, Any]]:
+    """Attention and feed-forward weights that a modality uses, layer by layer."""
+    return [
+        (weights_of(block.attention, modality), weights_of(block.feed_forward, modality))
+        for block in encoder.blocks
+        if isinstance(block, Block)
+    ]
 
 
 def _copy(target: nn.Module, source: nn.Module) -> None:
@@ -268,21 +273,21 @@ def _copy_patches(embeddings: Any, tokenizer: Any, prefix: list[Tensor]) -> None
         token.copy_(ours.view_as(token))
 
 
-def _copy_vit_layers(model: Any, encoder: Encoder) -> None:
+def _copy_vit_layers(model: Any, encoder: Encoder, modality: str) -> None:
     """ViT and AST name the parts of their layers alike."""
-    for layer, block in zip(model.layers, _blocks(encoder), strict=True):
-        attention = layer.attention
-        _copy_qkv([attention.q_proj, attention.k_proj, attention.v_proj], block)
-        _copy(attention.o_proj, block.attention.out)
-        _copy(layer.layernorm_before, block.norm1)
-        _copy(layer.layernorm_after, block.norm2)
-        _copy(layer.mlp.fc1, block.fc1)
-        _copy(layer.mlp.fc2, block.fc2)
-    _copy(model.layernorm, encoder.norm)
+    for layer, (attention, feed_forward) in zip(model.layers, _blocks(encoder, modality), strict=True):
+        stock = layer.attention
+        _copy_qkv([stock.q_proj, stock.k_proj, stock.v_proj], attention)
+        _copy(stock.o_proj, attention.out)
+        _copy(layer.layernorm_before, attention.norm)
+        _copy(layer.layernorm_after, feed_forward.norm)
+        _copy(layer.mlp.fc1, feed_forward.fc1)
+        _copy(layer.mlp.fc2, feed_forward.fc2)
+    _copy(model.layernorm, weights_of(encoder.norm, modality))
 
 
-def _copy_qkv(projections: list[nn.Linear], block: Block) -> None:
-    weights, biases = block.attention.qkv.weight.chunk(3), block.attention.qkv.bias.chunk(3)
+def _copy_qkv(projections: list[nn.Linear], attention: Any) -> None:
+    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     for projection, weight, bias in zip(projections, weights, biases, strict=True):
         projection.weight.copy_(weight)
         projection.bias.copy_(bias)

@@ -155,7 +155,7 @@ def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None
         ("model.mlp_ratio=0.0", "or more"),
         ("model.mlp_ratio=-1.0", "or more"),
         ("model.heads=3", "must divide model.width=128"),
-        ("model.sharing=none", "all"),
+        ("model.sharing=some", "all, ffn, none"),
         *(
             (f"objectives.{name}={value}", "above 0 and at most 1")
             for name in ("keep.image", "keep.audio", "joint_keep.image", "joint_keep.audio", "joint_share")

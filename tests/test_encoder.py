@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from data.batch import Field
 from data.transforms import AudioView, ImageView, TextView, Views
-from pretrain.model.encoder import Encoder
+from pretrain.model.encoder import SCHEMA, Encoder
 from pretrain.model.layers import attention, gather_tokens
 from pretrain.model.tokenizers import ModelConfig
 from tests.samples import MODEL, VIEWS, VOCABULARY, encoder, images, spectrograms, texts
@@ -208,11 +209,11 @@ def test_a_block_is_pre_norm_with_residual_paths() -> None:
             32, 4, 64, dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
         ).eval()
         names = {
-            "self_attn.in_proj_weight": block.attention.qkv.weight,
-            "self_attn.in_proj_bias": block.attention.qkv.bias,
-            "self_attn.out_proj.weight": block.attention.out.weight,
-            "self_attn.out_proj.bias": block.attention.out.bias,
-            **{f"{a}.{part}": getattr(getattr(block, b), part) for a, b in PARTS for part in ("weight", "bias")},
+            "self_attn.in_proj_weight": block.attention["all"].qkv.weight,
+            "self_attn.in_proj_bias": block.attention["all"].qkv.bias,
+            "self_attn.out_proj.weight": block.attention["all"].out.weight,
+            "self_attn.out_proj.bias": block.attention["all"].out.bias,
+            **{f"{a}.{part}": block.get_parameter(f"{b}.{part}") for a, b in PARTS for part in ("weight", "bias")},
         }
         stock.load_state_dict(names)
         valid = torch.arange(5) < torch.tensor([5, 3])[:, None]
@@ -221,7 +222,12 @@ def test_a_block_is_pre_norm_with_residual_paths() -> None:
         torch.testing.assert_close(block(x, valid)[1, :3], padded_states, rtol=0, atol=1e-5)
 
 
-PARTS = (("linear1", "fc1"), ("linear2", "fc2"), ("norm1", "norm1"), ("norm2", "norm2"))
+PARTS = (
+    ("linear1", "feed_forward.all.fc1"),
+    ("linear2", "feed_forward.all.fc2"),
+    ("norm1", "attention.all.norm"),
+    ("norm2", "feed_forward.all.norm"),
+)
 
 
 @pytest.mark.parametrize("modality", ["image", "text", "audio"])
@@ -260,6 +266,43 @@ def test_in_a_joint_pass_each_modality_sees_the_others_and_no_other_sample() -> 
         for gradient in gradients:
             assert gradient[0].abs().sum() > 0
             assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("sharing", ["ffn", "none"])
+def test_weights_of_their_own_that_are_equal_are_the_shared_ones(sharing: str) -> None:
+    shared, own = encoder(), encoder(model=dataclasses.replace(MODEL, sharing=sharing))
+    state = shared.state_dict()
+    own.load_state_dict(
+        {
+            name: state[re.sub(r"\.(image|text|audio)\.(?=norm|qkv|out|fc|weight|bias)", ".all.", name)]
+            if "blocks" in name or name.startswith("norm")
+            else state[name]
+            for name in own.state_dict()
+        }
+    )
+    inputs = {name: field(name, 3) for name in ("image", "text", "audio")}
+    expected = shared.trunk({name: shared.tokens(name, each) for name, each in inputs.items()})
+    got = own.trunk({name: own.tokens(name, each) for name, each in inputs.items()})
+    for name, states in expected.items():
+        torch.testing.assert_close(got[name], states, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own(name, inputs[name])[1], shared(name, inputs[name])[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharing", ["ffn", "none"])
+def test_weights_of_their_own_are_their_own(sharing: str) -> None:
+    model = encoder(model=dataclasses.replace(MODEL, sharing=sharing))
+    inputs = {name: field(name, 3) for name in ("image", "text", "audio")}
+    before = {name: model(name, each)[1] for name, each in inputs.items()}
+    joint = model.trunk({name: model.tokens(name, each) for name, each in inputs.items()})
+    with torch.no_grad():
+        for name, parameter in model.blocks.named_parameters():
+            if ".audio." in name:
+                parameter.mul_(1.5)
+    for name, each in inputs.items():
+        assert torch.equal(model(name, each)[1], before[name]) == (name != "audio")
+    # All attend to all, so that in a joint pass it shows everywhere.
+    after = model.trunk({name: model.tokens(name, each) for name, each in inputs.items()})
+    assert not any(torch.equal(after[name], joint[name]) for name in inputs)
 
 
 def test_features_and_embeddings_are_those_that_stock_classes_read() -> None:
@@ -318,9 +361,9 @@ def test_a_saved_encoder_gives_the_same_outputs(tmp_path: Path, views: Views) ->
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     encoder().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for schema in (0, 2, None):
+    for schema in (0, SCHEMA + 1, None):
         (tmp_path / "config.json").write_text(json.dumps({**config, "schema": schema}))
-        with pytest.raises(ValueError, match=rf"config\.json: schema {schema}; this version reads 1"):
+        with pytest.raises(ValueError, match=rf"config\.json: schema {schema}; this version reads {SCHEMA}"):
             Encoder.load(tmp_path)
 
 
@@ -329,7 +372,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     broken = {
-        "norm.weight": {name: tensor for name, tensor in tensors.items() if name != "norm.weight"},
+        "norm.all.weight": {name: tensor for name, tensor in tensors.items() if name != "norm.all.weight"},
         "extra": {**tensors, "extra": torch.zeros(1)},
         "heads.image.projection.bias": {**tensors, "heads.image.projection.bias": torch.zeros(3)},
     }

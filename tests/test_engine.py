@@ -114,8 +114,9 @@ def test_only_the_matrices_of_linear_layers_decay(whole: Run) -> None:
     assert all(group["betas"] == (0.9, 0.9) for group in optimizer.param_groups)
     assert decayed | free == set(names.values())
     assert not decayed & free
-    trunk = [f"encoder.blocks.{i}.{part}" for i in (0, 1) for part in ("attention.qkv", "attention.out", "fc1", "fc2")]
-    decoder = [f"blocks.0.{part}" for part in ("attention.qkv", "attention.out", "fc1", "fc2")]
+    parts = ("attention.all.qkv", "attention.all.out", "feed_forward.all.fc1", "feed_forward.all.fc2")
+    trunk = [f"encoder.blocks.{i}.{part}" for i in (0, 1) for part in parts]
+    decoder = [f"blocks.0.{part}" for part in parts]
     regions = [
         f"objectives.masked_region.decoders.{name}.{part}"
         for name in ("image", "audio")
@@ -163,8 +164,8 @@ def test_training_changes_every_part_of_the_model(whole: Run, tmp_path: Path) ->
 def test_another_seed_gives_another_run(whole: Run, tmp_path: Path) -> None:
     other = tiny_trained_state(pretrain.engine.pretrain(tiny_config(tmp_path, "seed=1", "train.steps=2")))
     assert not torch.equal(
-        other["blocks.0.fc1.weight"],
-        tiny_trained_state(whole.checkpoint.parent / "step-00000008")["blocks.0.fc1.weight"],
+        other["blocks.0.feed_forward.all.fc1.weight"],
+        tiny_trained_state(whole.checkpoint.parent / "step-00000008")["blocks.0.feed_forward.all.fc1.weight"],
     )
 
 

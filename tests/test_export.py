@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -244,6 +245,12 @@ def test_an_export_with_a_forgotten_copy_is_refused_and_removed(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("sharing", ["ffn", "none"])
+def test_weights_of_their_own_are_exported(tmp_path: Path, exported: Exported, sharing: str) -> None:
+    encoder = tiny_encoder(exported.tokenizer, model=dataclasses.replace(MODEL, sharing=sharing))
+    assert set(export(encoder, exported.tokenizer, tmp_path)) == {"image", "text", "audio"}  # each was compared
+
+
 def test_a_failed_export_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported
 ) -> None:
@@ -259,7 +266,7 @@ def test_a_failed_export_leaves_the_earlier_one(
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, exported: Exported) -> None:
     encoder = tiny_encoder(exported.tokenizer)
     with torch.no_grad():
-        encoder.norm.bias[0] = torch.nan
+        encoder.get_parameter("norm.all.bias")[0] = torch.nan
     with pytest.raises(ExportError, match="nan"):
         export(encoder, exported.tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,4 @@
 import dataclasses
-import math
 from typing import Any
 
 import pytest
@@ -8,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batch, Field
-from objectives.contrastive import Contrastive, ContrastiveConfig, info_nce
+from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig, normalise_patches
 from objectives.masking import PatchSplit, mask_tokens, split_patches
 from objectives.passes import JointPass, Passes
 from objectives.pretraining import KeepConfig, Loss, ObjectivesConfig, Pretraining, group_by_presence
-from tests.samples import VOCABULARY, batch, encoder, images, texts
+from pretrain.model.tokenizers import ModelConfig
+from tests.samples import MODEL, VOCABULARY, batch, encoder, images, texts
 
 REGION = MaskedRegionConfig(decoder_width=16, decoder_heads=2)
 CONFIG = ObjectivesConfig(masked_region=REGION, joint_keep=KeepConfig(0.5, 0.5))
@@ -25,10 +25,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pretraining(config: ObjectivesConfig = CONFIG, seed: int = 0) -> Pretraining:
-    model = encoder(seed=seed)
+def pretraining(config: ObjectivesConfig = CONFIG, seed: int = 0, model: ModelConfig = MODEL) -> Pretraining:
+    trunk = encoder(model=model, seed=seed)
     torch.manual_seed(seed)
-    made = Pretraining(model, config)
+    made = Pretraining(trunk, config)
     with torch.no_grad():
         for parameter in made.objectives.parameters():
             if parameter.ndim > 0:
@@ -54,86 +54,6 @@ def passes_of(model: Pretraining, inputs: Batch, seed: int = 0, whole: bool = Fa
     loss = model(inputs, seed=seed, whole=whole)
     handle.remove()
     return seen[0], loss
-
-
-# Contrastive
-
-
-def naive_info_nce(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
-    x, y, scale = x.double(), y.double(), log_scale.double().exp()
-    total = torch.zeros((), dtype=torch.float64)
-    for a, b in ((x, y), (y, x)):
-        for i in range(len(a)):
-            scores = []
-            for j in range(len(b)):
-                cosine = (a[i] * b[j]).sum() / (a[i].square().sum().sqrt() * b[j].square().sum().sqrt())
-                scores.append(scale * cosine)
-            total = total - torch.log(scores[i].exp() / sum(score.exp() for score in scores))
-    return total / (2 * len(x))
-
-
-@pytest.mark.parametrize("log_scale", [0.0, math.log(1 / 0.07), 4.5])
-def test_info_nce_and_its_gradients_equal_the_definition(log_scale: float) -> None:
-    given = [randn(6, 5, seed=1), 3 * randn(6, 5, seed=2), torch.tensor(log_scale)]
-    fast = [tensor.clone().requires_grad_() for tensor in given]
-    slow = [tensor.double().requires_grad_() for tensor in given]
-    got, expected = info_nce(*fast), naive_info_nce(*slow)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.autograd.backward(got)
-    torch.autograd.backward(expected)
-    for a, b in zip(fast, slow, strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_the_scale_is_clamped_at_100_and_can_come_down_again() -> None:
-    model = encoder()
-    contrastive = Contrastive(ContrastiveConfig(), model)
-    x, y = randn(6, 5, seed=1), randn(6, 5, seed=2)
-    rows = torch.arange(6)
-    with torch.no_grad():
-        contrastive.log_scale["image_text"].fill_(math.log(200))
-    loss = contrastive(Passes(model, {"image": Field(x, rows), "text": Field(y, rows)}, []))["image_text"]
-    torch.testing.assert_close(loss.detach(), info_nce(x, y, torch.tensor(math.log(100))))
-    torch.testing.assert_close(contrastive.log_scale["image_text"].detach(), torch.tensor(math.log(100)))
-    assert torch.autograd.grad(loss, contrastive.log_scale["image_text"])[0] != 0
-
-
-def test_info_nce_is_exact_under_autocast() -> None:
-    x, y, scale = randn(32, 16, seed=1), randn(32, 16, seed=2), torch.tensor(4.6)
-    y = x + 0.1 * y
-    with torch.autocast("cpu", torch.bfloat16):
-        got = info_nce(x, y, scale)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, info_nce(x, y, scale), rtol=1e-6, atol=1e-9)
-
-
-def test_pairs_are_aligned_by_row_where_modalities_are_missing() -> None:
-    rows = {"image": [0, 2, 3, 5, 6], "text": [1, 2, 5, 6], "audio": [0, 1, 4]}
-    fields = {
-        name: Field(randn(len(each), 16, seed=i), torch.tensor(each)) for i, (name, each) in enumerate(rows.items())
-    }
-    contrastive = Contrastive(ContrastiveConfig(), encoder())
-    with torch.no_grad():
-        contrastive.log_scale["image_text"].fill_(1.0)
-    terms = contrastive(Passes(encoder(), fields, []))
-    # Image and audio share row 0 alone, text and audio row 1 alone: nothing to contrast with.
-    assert list(terms) == ["image_text"]
-    image, text = (dict(zip(rows[name], fields[name].x, strict=True)) for name in ("image", "text"))
-    common = [2, 5, 6]
-    expected = naive_info_nce(
-        torch.stack([image[row] for row in common]), torch.stack([text[row] for row in common]), torch.tensor(1.0)
-    )
-    torch.testing.assert_close(terms["image_text"].double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_each_pair_has_a_scale_of_its_own_from_the_temperature() -> None:
-    contrastive = Contrastive(ContrastiveConfig(temperature=0.2), encoder())
-    scales = {name: scale.item() for name, scale in contrastive.named_parameters()}
-    assert scales == pytest.approx(
-        {f"log_scale.{pair}": math.log(5) for pair in ("image_text", "image_audio", "text_audio")}
-    )
 
 
 # Masking
@@ -580,6 +500,18 @@ def test_every_parameter_has_a_gradient() -> None:
     model(batch(FULL), seed=0).total.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+@pytest.mark.parametrize("sharing", ["all", "ffn", "none"])
+@pytest.mark.parametrize("presence", [["i"] * 4, ["t"] * 4, ["it", "t", "i", "it"], ["a", "a", "ta", "a"], [""] * 3])
+def test_what_a_batch_lacks_gets_gradients_of_0(presence: list[str], sharing: str) -> None:
+    model = pretraining(model=dataclasses.replace(MODEL, sharing=sharing))
+    model(batch(presence), seed=0).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        for modality in ("image", "text", "audio"):
+            if f".{modality}." in name and modality[0] not in "".join(presence):
+                assert not parameter.grad.any()
 
 
 def test_samples_of_another_text_length_do_not_change_the_losses() -> None:

@@ -123,12 +123,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer([caption.format(name) for caption in CAPTIONS for name in CLASSES] * 5, 300)
 
 
-def tiny_encoder(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Encoder:
+def tiny_encoder(tokenizer: PreTrainedTokenizerBase, seed: int = 0, model: ModelConfig = MODEL) -> Encoder:
     """Every parameter is random, biases and norms included, so that none can be forgotten unnoticed."""
     special = tuple(sorted(tokenizer.all_special_ids))
     vocabulary = Vocabulary(len(tokenizer), tokenizer.pad_token_id, tokenizer.mask_token_id, special)
     generator = torch.Generator().manual_seed(seed)
-    encoder = Encoder(MODEL, VIEWS, vocabulary)
+    encoder = Encoder(model, VIEWS, vocabulary)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from data.batch import Field
 from data.errors import UserError
 from data.transforms import Views
-from pretrain.model.layers import LAYER_NORM_EPS, Block, init_weights
+from pretrain.model.layers import ALL, LAYER_NORM_EPS, Block, apart, init_weights
 from pretrain.model.tokenizers import TOKENIZERS, ModelConfig, Tokens, Vocabulary
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class ImageHead(nn.Module):
@@ -100,8 +100,14 @@ class Encoder(nn.Module):
         self.tokenizers = nn.ModuleDict(
             {name: TOKENIZERS[name](config, view, vocabulary) for name, view in views.used.items()}
         )
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        shared, own = (ALL,), tuple(views.used)
+        attention_keys = own if config.sharing == "none" else shared
+        feed_forward_keys = shared if config.sharing == "all" else own
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_ratio, attention_keys, feed_forward_keys)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.ModuleDict({key: nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) for key in attention_keys})
         self.heads = nn.ModuleDict({name: HEADS[name](config.width, config.embed_dim) for name in views.used})
         self.apply(init_weights)
 
@@ -129,10 +135,11 @@ class Encoder(nn.Module):
         valid = None
         if any(tokens.valid is not None for tokens in streams.values()):
             valid = torch.cat([_valid(tokens) for tokens in streams.values()], dim=1)
+        lengths = {name: tokens.x.shape[1] for name, tokens in streams.items()}
         for block in self.blocks:
-            x = block(x, valid)
-        lengths = [tokens.x.shape[1] for tokens in streams.values()]
-        return dict(zip(streams, self.norm(x).split(lengths, dim=1), strict=True))
+            x = block(x, valid, lengths)
+        x = apart(self.norm, "forward", x, lengths)
+        return dict(zip(streams, torch.split(x, list(lengths.values()), dim=1), strict=True))
 
     def encode(self, modality: str, field: Field, keep: Tensor | None = None) -> Tensor:
         """One modality alone: states (n, N, D)."""

@@ -1,11 +1,15 @@
 """The pre-LN Transformer block. Shapes: n samples, N tokens, D width, H heads."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
+ALL = "all"  # the key of weights that all modalities share
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -33,37 +37,84 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with biases, one matrix for q, k and v."""
+    """Weights of multi-head self-attention (Vaswani et al. 2017, section 3.2) behind a LayerNorm, with biases."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """(n, N, D) -> (n, N, D); ``valid`` (n, N) as in ``attention``."""
-        q, k, v = rearrange(self.qkv(x), "n N (three H d) -> three n H N d", three=3, H=self.heads)
-        out: Tensor = self.out(rearrange(attention(q, k, v, valid), "n H N d -> n N (H d)"))
+    def project(self, x: Tensor) -> Tensor:
+        """(n, N, D) -> queries, keys and values (n, N, 3 D)."""
+        projected: Tensor = self.qkv(self.norm(x))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, behind a LayerNorm."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, N, D) -> (n, N, D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
         return out
 
 
 class Block(nn.Module):
-    """Attention and a GELU feed-forward layer, each behind a LayerNorm and beside a residual path."""
+    """Attention over all tokens and a feed-forward layer, each beside a residual path.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    Weights have the key ALL where all tokens share them, or one key for each modality that has its own.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        attention_keys: Sequence[str] = (ALL,),
+        feed_forward_keys: Sequence[str] = (ALL,),
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(width, int(width * mlp_ratio))
-        self.fc2 = nn.Linear(int(width * mlp_ratio), width)
+        self.heads = heads
+        self.attention = nn.ModuleDict({key: Attention(width, heads) for key in attention_keys})
+        self.feed_forward = nn.ModuleDict({key: FeedForward(width, mlp_ratio) for key in feed_forward_keys})
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(n, N, D) -> (n, N, D); ``valid`` (n, N) as in ``attention``."""
-        x = x + self.attention(self.norm1(x), valid)
-        hidden: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + hidden
+    def forward(self, x: Tensor, valid: Tensor | None = None, lengths: Mapping[str, int] | None = None) -> Tensor:
+        """(n, N, D) -> (n, N, D).
+
+        Args:
+            x: tokens, those of each modality together.
+            valid: (n, N) as in ``attention``.
+            lengths: modality -> how many of the N tokens are its, in their order; not needed where all share weights.
+        """
+        qkv = apart(self.attention, "project", x, lengths)
+        q, k, v = rearrange(qkv, "n N (three H d) -> three n H N d", three=3, H=self.heads)
+        attended = rearrange(attention(q, k, v, valid), "n H N d -> n N (H d)")
+        x = x + apart(self.attention, "out", attended, lengths)
+        return x + apart(self.feed_forward, "forward", x, lengths)
+
+
+def weights_of(modules: nn.ModuleDict, modality: str) -> Any:
+    """The weights that the modality uses: those that all share, or its own."""
+    return modules[ALL if ALL in modules else modality]
+
+
+def apart(modules: nn.ModuleDict, method: str, x: Tensor, lengths: Mapping[str, int] | None) -> Tensor:
+    """Tokens (n, N, D) through the weights that all share, or those of each modality through its own."""
+    if ALL in modules:
+        shared: Tensor = getattr(modules[ALL], method)(x)
+        return shared
+    if lengths is None:
+        raise ValueError(f"weights of {', '.join(modules)}: needs to know which tokens are whose")
+    parts = zip(lengths, torch.split(x, list(lengths.values()), dim=1), strict=True)
+    return torch.cat([getattr(modules[modality], method)(part) for modality, part in parts], dim=1)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -32,7 +32,8 @@ class ModelConfig:
     audio_patch: int = 16
     """Side of a spectrogram patch in mel bins and frames; it divides both."""
     sharing: str = "all"
-    """Which weights the modalities share; allowed: all."""
+    """Which weights of the Transformer blocks the modalities share. all: every one; ffn: those of attention, and each
+    has its own feed-forward layers; none: each has its own of everything, and attends to the tokens of all."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "embed_dim", "image_patch", "audio_patch"):
@@ -42,8 +43,8 @@ class ModelConfig:
             raise ValueError(f"model.mlp_ratio={self.mlp_ratio}: allowed is above 0, and 1 / model.width or more")
         if self.width % self.heads:
             raise ValueError(f"model.heads={self.heads}: it must divide model.width={self.width}")
-        if self.sharing != "all":
-            raise ValueError(f"model.sharing={self.sharing}: allowed is all")
+        if self.sharing not in ("all", "ffn", "none"):
+            raise ValueError(f"model.sharing={self.sharing}: allowed are all, ffn, none")
 
 
 class Vocabulary(NamedTuple):
