@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from data.decode import MODALITIES
 from data.errors import UserError
-from data.index import index_path
+from data.index import Shard, ShardError, build_index, index_path, verify, write_index
 from data.rows import Bad, Reading, Row, Sample, start_worker, to_samples
 from data.shards import NewShard, parse_size, sync_folder
 from data.tables import HUB, Columns, Slice, Table, open_table
+from data.validate import printable
 
 EXAMPLES = """\
 examples
@@ -38,16 +39,21 @@ examples
   python -m data build --from photos.csv --out shards --slice $SLURM_ARRAY_TASK_ID/8    with #SBATCH --array=0-7
 
 A manifest is CSV (.csv .tsv, names in the first line) or JSON Lines (.jsonl .ndjson), in UTF-8. Paths in it are
-relative to its folder, or absolute. The text column holds the text itself, unless its name ends in _path or _file or
---text-files is given. An empty cell means that the sample lacks this. The label and all other columns go to the .json
-of the sample, together with `source`, its name: the column key, id or __key__, or else the file's own name. Keys are
-made of it, with the number of the row at the end.
+relative to its folder, or absolute. Columns go by their names, which are image, text or caption, audio and label, each
+also with _path or _file at its end, or by options. The text column holds the text itself, unless its name ends in _path
+or _file or --text-files is given. An empty cell means that the sample lacks this. The label and all other columns go to
+the .json of the sample, together with `source`, its name: the column key, id or __key__, or else the file's own name.
+Keys are made of it, with the number of the row at the end.
 
 Slices need no merging: a pattern such as 'shards/train-*.tar' reads all of them. Each slice of a data set of the hub
 reads the whole stream and keeps its rows. The same command started again goes on after the last whole shard.
 
 Files are taken over byte for byte, except that EXIF, XMP, comments, tags, cover pictures and colour profiles are left
 out (but not the orientation). Fields of the .json are not looked through: leave private columns out of the manifest.
+
+Hugging Face's load_dataset("webdataset") reads the shards, too, but takes its columns from the first five samples, and
+refuses all if one of these lacks a modality that another one has, or if their images or sounds differ in format. For
+it, put complete rows of one format first. JPEGs are called .jpg, however they were spelled.
 """
 
 _SCHEMA = 1
@@ -311,17 +317,25 @@ def _refuse_changes(path: Path, old: State, new: State, remedy: str) -> None:
 
 
 def _check_shards(job: Job, state: State) -> None:
-    """Refuse to go on, or to call it done, where whole shards are no longer there."""
-    for shard in state.shards:
+    """Refuse to go on, or to call it done, where whole shards are no longer what was written; indexes are made anew."""
+    remedy = f"put it back, or delete {job.out}/{job.name}-* to build anew"
+    for shard in tqdm(state.shards, "checking", unit=" shards", delay=5, leave=False):
         path = job.out / shard["name"]
         size = path.stat().st_size if path.exists() else None
         if size != shard["bytes"]:
             wrong = "gone" if size is None else f"of {size} bytes, not {shard['bytes']} as it was written"
-            raise BuildError(f"{path}: is {wrong}; put it back, or delete {job.out}/{job.name}-* to build anew")
+            raise BuildError(f"{path}: is {wrong}; {remedy}")
+        try:
+            verify(Shard(str(path), size, shard["sha256"], shard["samples"], {}))
+        except ShardError as error:
+            raise BuildError(f"{path}: is of other content than was written; {remedy}") from error
+        if not index_path(path).exists():
+            write_index(build_index(path))
 
 
 def _refuse_neighbours(job: Job, new: State, begun: bool, shards: int) -> None:
     """Refuse a folder in which ``PREFIX-*.tar`` would name shards that aren't of this source and these settings."""
+    anew = f"delete {job.out}/{job.prefix}-* to build all of them anew"
     ours = {job.shard_path(number).name for number in range(shards + begun)}  # the last one was perhaps not counted yet
     slices = set()
     for path in sorted(job.out.glob("*-build.json")):
@@ -337,7 +351,7 @@ def _refuse_neighbours(job: Job, new: State, begun: bool, shards: int) -> None:
                 raise BuildError(
                     f"{path}: slice {other.slice} of this prefix is there: --slice {new.slice} doesn't fit it"
                 )
-            _refuse_changes(path, _without_slice(other), _without_slice(new), "slices must be built alike")
+            _refuse_changes(path, _without_slice(other), _without_slice(new), f"slices must be built alike; {anew}")
         elif f"{job.prefix}-".startswith(f"{other.prefix}-") or f"{other.prefix}-".startswith(f"{job.prefix}-"):
             raise BuildError(
                 f"--prefix {job.prefix}: {min(job.prefix, other.prefix, key=len)}-*.tar would name the shards of "
@@ -468,13 +482,19 @@ def _refuse_bad(job: Job, state: State, first: Bad, others: Iterator[Sample | Ba
             found.append(other)
         if len(found) == _SHOWN:
             break
-    lines = "\n".join(f"  {_printable(f'{row.where}: {row.reason}')}" for row in found)
+    lines = "\n".join(f"  {printable(f'{row.where}: {row.reason}')}" for row in found)
     kept = f" The {len(state.shards)} shards before them stay." if state.shards else ""
+    mend = "Mend them and start the same command again"
+    if any(job.out.glob(f"{job.prefix}-*.tar")):  # of this slice or of others, made of the source as it is
+        mend = (
+            f"Mend files that {job.source} names, if it is they, and start the same command again. If {job.source} "
+            f"itself must change (a folder does when its files do), delete {job.out}/{job.prefix}-* and build anew, "
+            "since shards are there that are made of it as it is"
+        )
     rows = "bad row" if len(found) == 1 else f"{len(found)} bad rows"
     raise BuildError(
         f"{job.source}: {rows} among {looked_at + 1}, from row {first.number} on.{kept}\n{lines}\n"
-        f"Mend them and start the same command again, or add --skip-bad to leave bad rows out and list them in "
-        f"{job.bad_path}"
+        f"{mend}. Or add --skip-bad to leave bad rows out and list them in {job.bad_path}"
     )
 
 
@@ -486,7 +506,7 @@ def _show_start(job: Job, table: Table, state: State) -> None:
     read = ", ".join(f"{kind} from {column}" for kind, column in columns.items() if column is not None)
     print(f"from      {job.source}{f': {read}' if read else ''}")
     for note in table.notes:
-        print(f"note      {_printable(note)}")
+        print(f"note      {printable(note)}")
     if state.shards:
         print(f"goes on   after {state.samples} samples in {len(state.shards)} shards, at row {state.next_row}")
 
@@ -511,8 +531,3 @@ def _show_end(job: Job, state: State) -> None:
 
 def _counted(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _printable(text: str) -> str:
-    """Names of files may hold anything, orders to the terminal among them."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

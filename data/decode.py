@@ -4,10 +4,11 @@ import importlib
 import importlib.util
 import io
 import json
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,9 @@ MAX_AUDIO_VALUES = 60_000_000  # samples times channels: ten minutes of stereo a
 
 # A WAV written to a pipe announces the largest size there is, or one near it (SoX: 0x7FFFF000), or 0.
 _STREAMING = 0x7FFF0000
+_WAV_TAGS = re.compile(rb"LIST|id3 |ID3 |bext|iXML|_PMX|axml|aXML|cue |smpl|inst|PEAK|DISP|JUNK|junk|PAD ")
+_MAX_WAV_TAGS = 16  # so that sound that is made to look like tags takes no time to speak of
+OGG_FIRST, OGG_LAST = 2, 4  # flags of a page
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -128,7 +132,7 @@ def decode_image(data: bytes, at_least: int | None = None) -> npt.NDArray[np.uin
                 return _by_pillow(data, at_least)
             if b"Exif\0\0" not in data:
                 return pixels
-            return _upright(pixels, _orientation(_open(data)))
+            return _upright(pixels, orientation(_open(data)))
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, for sizes far above ours
@@ -176,7 +180,7 @@ def _by_pillow(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8]:
         rgba = rgb.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     pixels = np.array(rgb if rgb.mode == "RGB" else rgb.convert("RGB"))
-    return _upright(pixels, _orientation(image))
+    return _upright(pixels, orientation(image))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -191,13 +195,16 @@ def _check_pixels(width: int, height: int) -> None:
         raise LimitError(f"image of {width}x{height}: at most {MAX_SIDE} pixels a side are allowed")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged, as viewers do."""
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged, as viewers do.
+
+    Not XMP's, by which few viewers turn a picture. EXIF behind the pixels of a PNG is seen when they were read.
+    """
     if "exif" not in image.info:
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, OSError, struct.error):
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):  # Pillow's ways of saying so
         return 1
     return value if value in range(1, 9) else 1
 
@@ -281,26 +288,104 @@ def decode_audio(data: bytes) -> Waveform:
 
 
 def _whole_wav(data: bytes) -> bytes:
-    """The WAV, with an open length marked as libsndfile knows it.
+    """The WAV, with the length of its sound where it was left open.
 
     Raises:
         AudioError: fewer bytes of sound than the header announces, of which libsndfile says nothing.
     """
-    order = "<" if data.startswith(b"RIFF") else ">"
+    for name, at, size in wav_chunks(data):
+        if name != b"data":
+            continue
+        there = len(data) - at
+        if there < size:
+            raise AudioError(f"audio holds {there} of {size} announced bytes")
+        length = size.to_bytes(4, "little" if data.startswith(b"RIFF") else "big")
+        return data if data[at - 4 : at] == length else data[: at - 4] + length + data[at : at + size]
+    raise AudioError(f"audio of {len(data)} bytes: a WAV that ends before its sound")
+
+
+def wav_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and length of the content of each chunk of a WAV; nothing checks that all of it is there.
+
+    Sound whose length was left open reaches to the end, or to tags that were written behind it.
+    """
+    layout = "<4sI" if data.startswith(b"RIFF") else ">4sI"
     at = 12
     while at + 8 <= len(data):
-        name, size = struct.unpack_from(f"{order}4sI", data, at)
-        if name != b"data":
-            at += 8 + size + size % 2
-            continue
-        there = len(data) - at - 8
-        (whole,) = struct.unpack_from(f"{order}I", data, 4)
-        if size == 0 and there > 0 and whole != len(data) - 8:  # left open, not an empty sound before other chunks
-            return data[: at + 4] + b"\xff" * 4 + data[at + 8 :]
-        if there < size < _STREAMING:
-            raise AudioError(f"audio holds {there} of {size} announced bytes")
-        return data
-    raise AudioError(f"audio of {len(data)} bytes: a WAV that ends before its sound")
+        name, size = struct.unpack_from(layout, data, at)
+        at += 8
+        if name == b"data":
+            there = len(data) - at
+            # A length of 0 is not open in an empty sound before other chunks, of which the whole file's length tells.
+            whole = struct.unpack_from(layout, data)[1] == len(data) - 8
+            if size >= _STREAMING or (size == 0 and there > 0 and not whole):
+                size = _wav_tags(layout, data, at) - at
+        yield name, at, size
+        at += size + size % 2
+
+
+def _wav_tags(layout: str, data: bytes, start: int) -> int:
+    """Where chunks of tags begin that reach from there to the end of the WAV exactly, or else its end."""
+    for found in _WAV_TAGS.finditer(data, start):
+        at = found.start()
+        for _ in range(_MAX_WAV_TAGS):
+            if at + 8 <= len(data):
+                size = struct.unpack_from(layout, data, at)[1]
+                at += 8 + size + size % 2
+        if at in (len(data), len(data) + 1):  # the last byte that makes a length even is often missing
+            return found.start()
+    return len(data)
+
+
+class OggPage(NamedTuple):
+    """A page of an Ogg file, undamaged.
+
+    Attributes:
+        at: where it begins in the file.
+        position: in the stream, at its end, in the stream's own unit.
+        lengths: of up to 255 segments; one of less than 255 bytes ends a packet.
+    """
+
+    at: int
+    flags: int
+    position: int
+    stream: int
+    lengths: bytes
+    payload: bytes
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.at + 27 + len(self.lengths) + len(self.payload)
+
+
+def ogg_pages(data: bytes) -> Iterator[OggPage]:
+    """The pages of an Ogg file, up to bytes that are none.
+
+    Raises:
+        AudioError: pages that are damaged or missing.
+    """
+    at = 0
+    numbers: dict[int, int] = {}  # of the last page, per stream
+    while data.startswith(b"OggS", at) and len(data) >= at + 27:
+        flags, position, stream, number, checksum, segments = struct.unpack_from("<5xBQIIIB", data, at)
+        if number != (0 if flags & OGG_FIRST else numbers.get(stream, -1) + 1):
+            raise AudioError(f"audio of {len(data)} bytes: Ogg pages are missing before byte {at}")
+        numbers[stream] = number
+        lengths = data[at + 27 : at + 27 + segments]
+        start = at + 27 + segments
+        payload = data[start : start + sum(lengths)]
+        if ogg_checksum(data[at : at + 22] + bytes(4) + data[at + 26 : start] + payload) != checksum:
+            raise AudioError(f"audio of {len(data)} bytes: Ogg page at byte {at} is damaged or cut off: wrong checksum")
+        page = OggPage(at, flags, position, stream, lengths, payload)
+        yield page
+        at = page.end
+
+
+def ogg_checksum(page: bytes) -> int:
+    """Ogg's CRC-32: zlib's with the bits of each byte in the other order, and without its inversions."""
+    checksum = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int.from_bytes(checksum.to_bytes(4, "big").translate(_MIRRORED), "little")
 
 
 def _check_ogg(data: bytes) -> None:
@@ -309,26 +394,13 @@ def _check_ogg(data: bytes) -> None:
     Raises:
         AudioError: pages that are damaged or missing, or a second sound behind the first.
     """
-    at, flags = 0, 0
-    numbers: dict[int, int] = {}  # of the last page, per stream
-    while data.startswith(b"OggS", at) and len(data) >= at + 27:
-        if data[at + 5] & 2 and flags & 4:  # a stream that begins after one has ended
+    end, flags = 0, 0
+    for page in ogg_pages(data):
+        if page.flags & OGG_FIRST and flags & OGG_LAST:  # a stream that begins after one has ended
             raise AudioError("audio of several sounds, one behind the other")
-        flags = data[at + 5]
-        stream, number = struct.unpack_from("<II", data, at + 14)
-        if number != numbers.get(stream, -1) + 1:
-            raise AudioError(f"audio of {len(data)} bytes: Ogg pages are missing before byte {at}")
-        numbers[stream] = number
-        segments = data[at + 27 : at + 27 + data[at + 26]]
-        page = data[at : at + 27 + len(segments) + sum(segments)]
-        # Ogg's CRC-32 takes the bits of each byte in the other order than zlib's, and neither inverts.
-        mirrored = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
-        crc = zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF
-        if crc.to_bytes(4, "big").translate(_MIRRORED) != page[22:26]:
-            raise AudioError(f"audio of {len(data)} bytes: the Ogg page at byte {at} is damaged or cut off")
-        at += len(page)
-    if not flags & 4:
-        raise AudioError(f"audio of {len(data)} bytes: the Ogg pages end at byte {at} without a last one")
+        end, flags = page.end, page.flags
+    if not flags & OGG_LAST:
+        raise AudioError(f"audio of {len(data)} bytes: the Ogg pages end at byte {end} without a last one")
 
 
 def decode_metadata(data: bytes) -> dict[str, Any]:

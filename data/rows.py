@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from multiprocessing import parent_process
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import fsspec
@@ -28,7 +28,6 @@ from data.strip import StripError, sniff, strip
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB = re.compile(r"((zip|tar)://[^:]*::)?hf://datasets/")
 _UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-_SAME = {"jpeg": "jpg"}  # spellings of one format
 _KEY_LENGTH = 64
 
 
@@ -226,7 +225,7 @@ def _member(modality: str, file: File, reading: Reading) -> tuple[str, bytes]:
     """Extension and bytes of the member that ``file`` becomes."""
     content = _read(modality, file, reading)
     called = f"{modality} {file.name}" if file.name else modality
-    extension = "txt" if modality == "text" else _extension(modality, called, file.name, content)
+    extension = "txt" if modality == "text" else _extension(modality, called, content)
     decode = cast("Callable[[bytes], object]", DECODERS[modality])
     try:
         if not reading.keep_metadata:
@@ -239,15 +238,14 @@ def _member(modality: str, file: File, reading: Reading) -> tuple[str, bytes]:
     return extension, content
 
 
-def _extension(modality: str, called: str, name: str | None, content: bytes) -> str:
-    """The file's own extension if its content agrees, or else the usual one of its content."""
+def _extension(modality: str, called: str, content: bytes) -> str:
+    """The usual extension of what ``content`` is, whatever the file is called: a format has one spelling in shards."""
     found = sniff(content)
     if found is None or MODALITIES.get(found) != modality:
         allowed = ", ".join(extension for extension, of in MODALITIES.items() if of == modality)
         what = "of no known format" if found is None else f"a file of the format {found}"
         raise RowError(f"{modality} of a format that is not allowed", f"{called}: {what}; allowed are {allowed}")
-    own = PurePosixPath(name or "").suffix[1:].lower()
-    return own if _SAME.get(own, own) == found else found
+    return found
 
 
 def _read(modality: str, file: File, reading: Reading) -> bytes:

@@ -14,11 +14,21 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-from data.decode import MAX_PIXELS
+from data.decode import (
+    MAX_PIXELS,
+    OGG_FIRST,
+    OGG_LAST,
+    DecodeError,
+    OggPage,
+    decode_audio,
+    ogg_checksum,
+    ogg_pages,
+    orientation,
+    wav_chunks,
+)
 
-_ORIENTATION = 0x0112
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "jpg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -70,25 +80,25 @@ def strip(content: bytes, extension: str) -> bytes:
     return _STRIPPERS[extension](content) if extension in _STRIPPERS else content
 
 
-def _orientation(content: bytes) -> int | None:
+def _turned(content: bytes) -> int | None:
     """How EXIF says that the picture is to be turned, 2..8; None if it is upright, or there is no readable EXIF."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    return None  # no decoder takes it, and EXIF behind a PNG's pixels is found by decoding them
-                orientation = image.getexif().get(_ORIENTATION)
-                if "exif" not in image.info:  # but only XMP, by which few viewers turn a picture
-                    return None
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, Image.DecompressionBombError):
-        return None  # Pillow's ways of saying that EXIF is damaged
-    return orientation if isinstance(orientation, int) and 2 <= orientation <= 8 else None
+                    return None  # no decoder takes it
+                if "exif" not in image.info:  # a PNG's may stand behind its pixels
+                    image.load()
+                found = orientation(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return found if found > 1 else None
 
 
-def _minimal_exif(orientation: int) -> bytes:
+def _minimal_exif(turned: int) -> bytes:
     """A TIFF header and a directory of one entry."""
-    return struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, _ORIENTATION, 3, 1, orientation, 0, 0)
+    return struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, ExifTags.Base.Orientation, 3, 1, turned, 0, 0)
 
 
 # JPEG: https://www.w3.org/Graphics/JPEG/itu-t81.pdf, annex B
@@ -130,8 +140,8 @@ def _strip_jpeg(content: bytes) -> bytes:
             found = _JPEG_SCAN_END.search(content, end)
             position = found.start() if found else len(content)
             body.append(content[end:position])
-    if tagged and (orientation := _orientation(content)):
-        head.append(_jpeg_segment(_APP1, b"Exif\0\0" + _minimal_exif(orientation)))
+    if tagged and (turned := _turned(content)):
+        head.append(_jpeg_segment(_APP1, b"Exif\0\0" + _minimal_exif(turned)))
     return b"".join(head + body)
 
 
@@ -158,8 +168,8 @@ def _strip_png(content: bytes) -> bytes:
             kept.append(content[position:end])
         tagged |= kind == b"eXIf"
         position = end
-    if tagged and (orientation := _orientation(content)):
-        kept.insert(2, _png_chunk(b"eXIf", _minimal_exif(orientation)))
+    if tagged and (turned := _turned(content)):
+        kept.insert(2, _png_chunk(b"eXIf", _minimal_exif(turned)))
     return b"".join(kept)
 
 
@@ -171,8 +181,9 @@ def _png_chunk(kind: bytes, payload: bytes) -> bytes:
 
 _WEBP_KEPT = {b"VP8 ", b"VP8L", b"ALPH", b"ANIM"}
 _WEBP_PROFILE, _WEBP_EXIF, _WEBP_XMP = 0x20, 0x08, 0x04
-_WAV_KEPT = {b"fmt ", b"fact", b"data"}
-_WAV_OPEN = 0x7FFF0000  # recorders that write to a pipe announce this or more, or 0
+_PCM, _MS_ADPCM = 1, 2
+# Kind of sound -> bytes that follow its two bytes for their number: float, A-law, µ-law, IMA ADPCM, GSM, extensible.
+_WAV_EXTRA = {3: 0, 6: 0, 7: 0, 0x11: 2, 0x31: 2, 0xFFFE: 22}
 
 
 class _Chunk(NamedTuple):
@@ -183,17 +194,21 @@ class _Chunk(NamedTuple):
         return self.kind + struct.pack(f"{order}I", len(self.payload)) + self.payload + b"\0" * (len(self.payload) % 2)
 
 
-def _chunks(content: bytes, start: int, end: int, order: str = "<", zero_is_open: bool = False) -> Iterator[_Chunk]:
-    """The chunks between two positions; sound of open length reaches to the end."""
-    position = start
+def _chunks(content: bytes, start: int, end: int) -> Iterator[_Chunk]:
+    """The chunks of a WebP between two positions."""
+    content, position = content[:end], start
     while position + 8 <= end:
-        kind, length = struct.unpack_from(f"{order}4sI", content, position)
-        if kind == b"data" and (length >= _WAV_OPEN or (length == 0 and zero_is_open)):
-            length = end - position - 8
-        if position + 8 + length > end:
-            raise StripError(f"RIFF: {kind!r} at byte {position} announces {length} bytes, {end - position - 8} follow")
-        yield _Chunk(kind, content[position + 8 : position + 8 + length])
-        position += 8 + length + length % 2
+        kind, length = struct.unpack_from("<4sI", content, position)
+        position += 8
+        yield _chunk(kind, content, position, length)
+        position += length + length % 2
+
+
+def _chunk(kind: bytes, content: bytes, start: int, length: int) -> _Chunk:
+    if start + length > len(content):
+        there = len(content) - start
+        raise StripError(f"RIFF: {kind!r} at byte {start - 8} announces {length} bytes, {there} follow")
+    return _Chunk(kind, content[start : start + length])
 
 
 def _strip_webp(content: bytes) -> bytes:
@@ -212,9 +227,9 @@ def _strip_webp(content: bytes) -> bytes:
         tagged |= chunk.kind == b"EXIF"
     if kept and kept[0].kind == b"VP8X" and kept[0].payload:  # the extended header; without it there is no EXIF
         flags = kept[0].payload[0] & ~(_WEBP_PROFILE | _WEBP_EXIF | _WEBP_XMP)
-        if tagged and (orientation := _orientation(content)):
+        if tagged and (turned := _turned(content)):
             flags |= _WEBP_EXIF
-            kept.append(_Chunk(b"EXIF", _minimal_exif(orientation)))
+            kept.append(_Chunk(b"EXIF", _minimal_exif(turned)))
         kept[0] = _Chunk(b"VP8X", bytes((flags,)) + kept[0].payload[1:])
     body = b"WEBP" + b"".join(chunk.packed() for chunk in kept)
     return b"RIFF" + struct.pack("<I", len(body)) + body
@@ -223,17 +238,31 @@ def _strip_webp(content: bytes) -> bytes:
 def _strip_wav(content: bytes) -> bytes:
     order = ">" if content.startswith(b"RIFX") else "<"
     kept = []
-    # The length in the header is not to be relied on: it is left open in streams, and wrong in many other files.
-    zero_is_open = _unpack(f"{order}I", content, 4, "WAV")[0] != len(content) - 8
-    for chunk in _chunks(content, 12, len(content), order, zero_is_open):
-        if chunk.kind in _WAV_KEPT:
+    for kind, start, length in wav_chunks(content):
+        chunk = _chunk(kind, content, start, length)
+        if kind == b"fmt ":
+            kept.append(_Chunk(kind, _wav_format(chunk.payload, order)))
+        elif kind == b"fact":
+            kept.append(_Chunk(kind, chunk.payload[:4]))  # number of samples
+        elif kind == b"data":
             kept.append(chunk)
-        if chunk.kind == b"data":
             break
     else:
         raise StripError("WAV: holds no sound")
     body = b"WAVE" + b"".join(chunk.packed(order) for chunk in kept)
     return content[:4] + struct.pack(f"{order}I", len(body)) + body
+
+
+def _wav_format(payload: bytes, order: str) -> bytes:
+    """What a ``fmt`` chunk says of its kind of sound, without other bytes that were put behind it."""
+    kind = _unpack(f"{order}H", payload, 0, "WAV")[0]
+    if kind == _PCM or len(payload) < 18:
+        return payload[:16]
+    announced = _unpack(f"{order}H", payload, 16, "WAV")[0]
+    if kind == _MS_ADPCM:  # a length, a number of pairs of coefficients, and these
+        announced = 4 + 4 * _unpack(f"{order}H", payload, 20, "WAV")[0]
+    extra = payload[18 : 18 + _WAV_EXTRA.get(kind, announced)]
+    return payload[:16] + struct.pack(f"{order}H", len(extra)) + extra
 
 
 # FLAC: RFC 9639
@@ -261,7 +290,7 @@ def _strip_flac(content: bytes) -> bytes:
         struct.pack(">I", (kind | (_FLAC_LAST if number == len(kept) else 0)) << 24 | len(block)) + block
         for number, (kind, block) in enumerate(kept, 1)
     ]
-    return b"".join([b"fLaC", *blocks, content[position : _end_of_sound(content)]])
+    return _without_trailer(b"".join([b"fLaC", *blocks, content[position:]]))
 
 
 def _id3_size(content: bytes) -> int:
@@ -273,79 +302,63 @@ def _id3_size(content: bytes) -> int:
     return size + (20 if flags & 0x10 else 10)
 
 
-def _end_of_sound(content: bytes) -> int:
-    """Where ID3v1 and APE tags at the end begin."""
-    end = len(content)
-    if content[end - 128 : end - 125] == b"TAG":
-        end -= 128
-    if content[end - 32 : end - 24] == b"APETAGEX":
-        size, _, flags = struct.unpack_from("<III", content, end - 20)
-        end = max(0, end - size - (32 if flags >> 31 else 0))
-    return end
+def _without_trailer(flac: bytes) -> bytes:
+    """``flac`` up to the end of its last frame; as it is if it can't be decoded.
+
+    Frames don't say how long they are, but with less than all of the last one the sound isn't whole.
+    """
+    if not _decodes(flac[:-1]):
+        return flac
+    less, enough = 0, len(flac) - 1
+    while less + 1 < enough:
+        middle = (less + enough) // 2
+        less, enough = (less, middle) if _decodes(flac[:middle]) else (middle, enough)
+    return flac[:enough]
+
+
+def _decodes(content: bytes) -> bool:
+    try:
+        decode_audio(content)
+    except DecodeError:
+        return False
+    return True
 
 
 # Ogg: RFC 3533, with Vorbis or Opus (RFC 7845) in it
 
-_OGG_FIRST, _OGG_LAST = 2, 4
 _VORBIS, _OPUS = b"\x01vorbis", b"OpusHead"  # what the first packet begins with
 _NO_COMMENTS = bytes(8)  # an encoder without a name, and no comments
-_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-class _Page(NamedTuple):
-    flags: int
-    position: int
-    serial: int
-    lengths: bytes  # of up to 255 segments; one of less than 255 bytes ends a packet
-    payload: bytes
-
-    def packed(self, number: int) -> bytes:
-        header = struct.pack("<4sBBQII", b"OggS", 0, self.flags, self.position, self.serial, number)
-        rest = bytes((len(self.lengths),)) + self.lengths + self.payload
-        return header + struct.pack("<I", _ogg_checksum(header + bytes(4) + rest)) + rest
-
-
-def _ogg_checksum(page: bytes) -> int:
-    """Ogg's CRC-32: zlib's with all bits the other way round, and without its inversions."""
-    checksum = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int.from_bytes(checksum.to_bytes(4, "little").translate(_REVERSED_BITS), "big")
 
 
 def _strip_ogg(content: bytes) -> bytes:
-    pages = _ogg_pages(content)
+    pages = _ogg_stream(content)
     (first, _, *setup), used = _ogg_headers(pages)
     bare = b"OpusTags" + _NO_COMMENTS if first.startswith(_OPUS) else b"\x03vorbis" + _NO_COMMENTS + b"\1"
-    serial = pages[0].serial
-    headers = [_header_page([first], serial, _OGG_FIRST), _header_page([bare, *setup], serial, 0)]
-    return b"".join(page.packed(number) for number, page in enumerate([*headers, *pages[used:]]))
+    stream = pages[0].stream
+    headers = [_header_page([first], stream, OGG_FIRST), _header_page([bare, *setup], stream, 0)]
+    return b"".join(_packed(page, number) for number, page in enumerate([*headers, *pages[used:]]))
 
 
-def _ogg_pages(content: bytes) -> list[_Page]:
+def _ogg_stream(content: bytes) -> list[OggPage]:
     """The pages of the one stream in ``content``; what follows its last page is left out."""
-    pages: list[_Page] = []
-    position = 0
-    while position < len(content):
-        flags, granule, serial, _, checksum, segments = _unpack("<5xBQIIIB", content, position, "Ogg")
-        lengths = content[position + 27 : position + 27 + segments]
-        start = position + 27 + segments
-        end = start + sum(lengths)
-        page = content[position:end]
-        if not page.startswith(b"OggS") or end > len(content):
-            raise StripError(f"Ogg: no whole page at byte {position}")
-        if _ogg_checksum(page[:22] + bytes(4) + page[26:]) != checksum:
-            raise StripError(f"Ogg: page at byte {position} is damaged: its checksum is wrong")
-        if pages and serial != pages[0].serial:
-            raise StripError(f"Ogg: another stream begins at byte {position}: only files with a single one are read")
-        pages.append(_Page(flags, granule, serial, lengths, content[start:end]))
-        position = end
-        if flags & _OGG_LAST:
-            break
-    if content.startswith(b"OggS", position):
-        raise StripError(f"Ogg: another stream begins at byte {position}: only files with a single one are read")
+    pages: list[OggPage] = []
+    try:
+        for page in ogg_pages(content):
+            if pages and (page.stream != pages[0].stream or pages[-1].flags & OGG_LAST):
+                raise StripError(f"Ogg: another stream begins at byte {page.at}: only files with a single one are read")
+            pages.append(page)
+    except DecodeError as error:
+        raise StripError(str(error)) from error
     return pages
 
 
-def _ogg_headers(pages: list[_Page]) -> tuple[list[bytes], int]:
+def _packed(page: OggPage, number: int) -> bytes:
+    header = struct.pack("<4sBBQII", b"OggS", 0, page.flags, page.position, page.stream, number)
+    rest = bytes((len(page.lengths),)) + page.lengths + page.payload
+    return header + struct.pack("<I", ogg_checksum(header + bytes(4) + rest)) + rest
+
+
+def _ogg_headers(pages: list[OggPage]) -> tuple[list[bytes], int]:
     """The packets before the sound (what it is, comments, and Vorbis's code books), and how many pages they fill."""
     packets: list[bytes] = []
     packet = bytearray()
@@ -367,12 +380,12 @@ def _ogg_headers(pages: list[_Page]) -> tuple[list[bytes], int]:
     raise StripError("Ogg: ends before its sound")
 
 
-def _header_page(packets: list[bytes], serial: int, flags: int) -> _Page:
+def _header_page(packets: list[bytes], stream: int, flags: int) -> OggPage:
     """One page with ``packets``, of which none goes on in the next."""
     lengths = b"".join(b"\xff" * (len(packet) // 255) + bytes((len(packet) % 255,)) for packet in packets)
     if len(lengths) > 255:  # code books of 64 kB, where a few are usual
         raise StripError("Ogg: its headers are too long for a page")
-    return _Page(flags, 0, serial, lengths, b"".join(packets))
+    return OggPage(0, flags, 0, stream, lengths, b"".join(packets))
 
 
 def _unpack(layout: str, content: bytes, position: int, name: str) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def open_table(source: str, wanted: Columns) -> Table:
             ``save_to_disk``, or ``hf:NAME[@REVISION][:CONFIG][:SPLIT]``, a data set of the hub or a local folder that
             ``load_dataset`` takes.
         wanted: columns that the user named; others are found by their names: ``image``, ``text`` or ``caption``,
-            ``audio``, ``label``, each also with ``_path`` or ``_file`` at its end.
+            ``audio``, ``label``, each also with ``_path`` or ``_file`` at its end, in lower case.
 
     Raises:
         TableError: nothing there, nothing that can be read, or no such column.
@@ -138,18 +138,28 @@ def choose(source: str, columns: Collection[str], wanted: Columns) -> Columns:
     """The columns to read: those that are ``wanted``, others by their names.
 
     Raises:
-        TableError: a wanted column is missing, a column stands for two things, several names fit, or none at all.
+        TableError: a wanted column is missing, a column stands for two things, several names fit, or none at all; or
+            one would fit but for its case or white space around it.
     """
     chosen: dict[str, str | None] = {}
+    # A column that the user named stands for what he said, however it is spelled.
+    unnamed = [column for column in columns if column not in (wanted.image, wanted.text, wanted.audio, wanted.label)]
     for kind, names in _NAMES.items():
         column = getattr(wanted, kind)
         if column is not None and column not in columns:
             close = difflib.get_close_matches(column, columns, 1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise TableError(f"{source}: no column {column!r} (--{kind}){hint} It has: {', '.join(columns)}")
-        found = [name + end for name in names for end in ("", *_PATHS) if name + end in columns]
+        known = [name + end for name in names for end in ("", *_PATHS)]
+        found = [name for name in known if name in columns]
         if column is None and len(found) > 1:
             raise TableError(f"{source}: columns {' and '.join(found)} could be the {kind}: choose with --{kind}")
+        alike = next((name for name in unnamed if name.strip().lower() in known), None)
+        if column is None and not found and alike is not None:
+            raise TableError(
+                f"{source}: column {alike!r} is not taken for {alike.strip().lower()!r}, as case and white space count "
+                f'in names of columns: add --{kind} "{alike}", or rename it'
+            )
         chosen[kind] = column or next(iter(found), None)
     for column, uses in Counter(column for column in chosen.values() if column is not None).items():
         if uses > 1:
@@ -264,7 +274,10 @@ class CsvManifest(_Manifest):
 
     def _column_names(self) -> list[str]:
         with self.path.open(encoding="utf-8-sig", newline="") as file:
-            header: list[str] = next(self._reader(file), [])
+            try:
+                header: list[str] = next(self._reader(file), [])
+            except csv.Error as error:
+                raise TableError(f"{self.path}:1: {error}; names of the columns are needed there") from error
         if not header:
             raise TableError(f"{self.path}: empty; the names of the columns are needed in its first line")
         twice = [name for name, uses in Counter(header).items() if uses > 1]
@@ -277,22 +290,46 @@ class CsvManifest(_Manifest):
         csv.field_size_limit(_MAX_FIELD)
         return csv.reader(file, delimiter=_DELIMITERS[self.path.suffix.lower()], strict=True)
 
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """Each record after the first with the line it ends in; empty lines are none."""
+    def _records(self) -> Iterator[tuple[int, list[str] | str]]:
+        """Each record after the first with the line it ends in, or what is wrong with it; empty lines are none.
+
+        Raises:
+            TableError: quotation marks that leave it open where the records after them begin.
+        """
+        lines: list[str] = []  # of the record
+        faulty: int | None = None
         with self.path.open(encoding="utf-8-sig", newline="") as file:
-            reader = self._reader(file)
-            try:
-                next(reader)
-                for record in reader:
-                    if record:
-                        yield reader.line_num, record
-            except csv.Error as error:
-                raise TableError(f"{self.path}:{reader.line_num}: {error}; is a quotation mark left open?") from error
+            reader = self._reader(_kept(file, lines))
+            next(reader)
+            while True:
+                lines.clear()
+                try:
+                    record: list[str] | str | None = next(reader, None)
+                except csv.Error as error:
+                    # A record of one line whose marks come in pairs is at fault by itself. Of any other, who knows
+                    # whether the next line is a record or goes on with a text?
+                    if len(lines) > 1:
+                        raise TableError(
+                            f"{self.path}:{reader.line_num}: {error}; is a quotation mark left open?"
+                        ) from error
+                    faulty = faulty or reader.line_num
+                    record = f"{error}; a quotation mark inside of a quoted text is written twice"
+                if record is None:
+                    return
+                if faulty is not None and sum(line.count('"') for line in lines) % 2:
+                    raise TableError(
+                        f"{self.path}:{reader.line_num}: a quotation mark too few or too many since the malformed line "
+                        f"{faulty}: it can't be told where records begin"
+                    )
+                if record:
+                    yield reader.line_num, record
 
     def _cells(self, wanted: range | None = None) -> Iterator[tuple[int, dict[str, Any] | str]]:
         for number, (line, record) in enumerate(self._records()):
             if wanted is not None and number not in wanted:
                 yield line, ""
+            elif isinstance(record, str):
+                yield line, record
             elif len(record) != len(self.header):
                 yield line, f"{len(record)} fields, the first line names {len(self.header)}"
             else:
@@ -307,8 +344,16 @@ class CsvManifest(_Manifest):
     @cached_property
     def _labels_are_numbers(self) -> bool:
         at = self.header.index(str(self.columns.label))
-        labels = (record[at] for _, record in self._records() if len(record) == len(self.header))
+        records = (record for _, record in self._records() if not isinstance(record, str))
+        labels = (record[at] for record in records if len(record) == len(self.header))
         return all(_WHOLE_NUMBER.fullmatch(label) for label in labels if label)
+
+
+def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """The lines of ``file``, each of which is added to ``lines`` as it is read."""
+    for line in file:
+        lines.append(line)
+        yield line
 
 
 class JsonManifest(_Manifest):

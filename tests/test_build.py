@@ -160,6 +160,29 @@ def test_datasets_reads_what_was_built(tmp_path: Path, monkeypatch: pytest.Monke
     assert found == [(f"{number}-{number:09d}", f"text {number}", number, (16, 12 + number % 5)) for number in range(6)]
 
 
+def test_datasets_reads_jpegs_of_both_spellings_and_what_lacks_a_modality_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    (tmp_path / "in").mkdir()
+    write_files(tmp_path / "in", range(8))
+    (tmp_path / "in" / "1.jpg").rename(tmp_path / "in" / "1.JPEG")
+    names = ["0.jpg", "1.JPEG", "2.jpg", "3.jpg", "4.jpg", "", "6.jpg", "7.jpg"]
+    files, load = str(tmp_path / "out" / "train-*.tar"), functools.partial(datasets.load_dataset, "webdataset")
+    for late in (True, False):
+        rows = [[name, f"text {number}", "", number, number, ""] for number, name in enumerate(names)]
+        out = tmp_path / f"late-{late}"
+        run("--from", write_csv(tmp_path / "in" / "rows.csv", rows if late else rows[::-1]), "--out", out)
+        files = str(out / "train-*.tar")
+        if late:
+            found = load(data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+            assert [row["jpg"] is None for row in found] == [name == "" for name in names]
+        else:  # what the help says of it
+            with pytest.raises(ValueError, match="the same types"):
+                load(data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+
+
 def test_a_folder_and_a_manifest_of_it_give_the_same_members(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -382,6 +405,30 @@ def test_a_finished_shard_that_is_gone_is_named(source: Path, tmp_path: Path) ->
         run("--from", source, "--out", tmp_path / "out", "--shard-size", SMALL)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_of_other_content_is_named_and_a_missing_index_made_anew(
+    source: Path, tmp_path: Path, finished: bool
+) -> None:
+    arguments = ("--from", source, "--out", tmp_path / "out", "--shard-size", SMALL)
+    if not finished:
+        (source.parent / "39.jpg").rename(tmp_path / "39.jpg")
+        with pytest.raises(UserError, match="39\\.jpg"):
+            run(*arguments)
+        (tmp_path / "39.jpg").rename(source.parent / "39.jpg")
+    else:
+        run(*arguments)
+    shard = tmp_path / "out" / "train-00001.tar"
+    index = tmp_path / "out" / "train-00001.tar.index.jsonl"
+    before, indexed = shard.read_bytes(), index.read_bytes()
+    shard.write_bytes(before.replace(b"text ", b"test "))
+    with pytest.raises(UserError, match=r"train-00001\.tar: is of other content than was written; put it back"):
+        run(*arguments)
+    shard.write_bytes(before)
+    index.unlink()
+    assert run(*arguments) == 0
+    assert index.read_bytes() == indexed
+
+
 @pytest.mark.parametrize("name", ["train-00000.tar", "train-other-00000.tar", "train-0-00000.tar", "train-x.tar"])
 def test_shards_of_others_are_not_touched_nor_mixed_with_ours(source: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
@@ -440,6 +487,51 @@ def test_bad_rows_stop_the_build_and_are_named(source: Path, tmp_path: Path) -> 
 
     assert run("--from", source, "--out", tmp_path / "out", "--shard-size", "1KB", "--skip-bad") == 0
     assert len(samples(tmp_path / "out")) == ROWS
+
+
+def test_what_the_message_says_can_be_done_can_be_done(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--from", source, "--out", out, "--shard-size", "1KB")
+    (source.parent / "20.jpg").rename(tmp_path / "20.jpg")
+    lines = source.read_text()
+    source.write_text(lines.replace("30.jpg,", '"30".jpg,'))
+    remedy = f"delete {out}/train-\\* and build anew"
+    with pytest.raises(UserError, match=rf"(?s)19 shards before them stay.*{remedy}.*Or add --skip-bad"):
+        run(*arguments)
+    (tmp_path / "20.jpg").rename(source.parent / "20.jpg")
+    with pytest.raises(UserError, match="29 shards before them stay"):  # a file was mended
+        run(*arguments)
+    source.write_text(lines)
+    with pytest.raises(UserError, match=r"source's sha256 was"):
+        run(*arguments)
+    for path in out.glob("train-*"):
+        path.unlink()
+    assert run(*arguments) == 0
+    assert len(samples(out)) == ROWS
+
+
+def test_a_manifest_that_is_bad_before_the_first_shard_may_be_mended(source: Path, tmp_path: Path) -> None:
+    lines = source.read_text()
+    source.write_text(lines.replace("30.jpg,", '"30".jpg,'))
+    with pytest.raises(UserError, match=r"\nMend them and start the same command again\. Or add --skip-bad"):
+        run("--from", source, "--out", tmp_path / "out")
+    source.write_text(lines)
+    assert run("--from", source, "--out", tmp_path / "out") == 0
+
+
+def test_malformed_lines_of_a_csv_are_skipped_and_counted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source.write_text(source.read_text().replace("30.jpg,", '"30".jpg,').replace("31.jpg,", '"31.jpg,'))
+    arguments = ("--from", source, "--out", tmp_path / "out", "--skip-bad")
+    with pytest.raises(UserError, match=r"rows\.csv:\d+: .*quotation mark"):  # left open in line 33
+        run(*arguments)
+    source.write_text(source.read_text().replace('"31.jpg,', "31.jpg,"))
+    assert run(*arguments) == 0
+    assert [row_of(sample) for sample in samples(tmp_path / "out")] == [n for n in range(ROWS) if n != 30]
+    assert "left out  1: 1 malformed line; listed in" in capsys.readouterr().out
+    (bad,) = (tmp_path / "out" / "train-bad.jsonl").read_text().splitlines()
+    assert json.loads(bad)["where"] == f"{source}:32"
 
 
 def test_bad_rows_are_shown_up_to_a_number(tmp_path: Path) -> None:

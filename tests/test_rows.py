@@ -77,7 +77,7 @@ def test_metadata_go_unless_they_are_to_stay(folder: Path) -> None:
     assert b"SECRET-CAMERA" not in sample(row({"image": "a.jpg"}), Reading(folder))["jpg"]
 
 
-@pytest.mark.parametrize(("name", "extension"), [("photo.JPEG", "jpeg"), ("liar.jpg", "png"), ("link.jpg", "jpg")])
+@pytest.mark.parametrize(("name", "extension"), [("photo.JPEG", "jpg"), ("liar.jpg", "png"), ("link.jpg", "jpg")])
 def test_the_extension_agrees_with_the_content(folder: Path, name: str, extension: str) -> None:
     assert extension in sample(row({"image": name}), Reading(folder))
 

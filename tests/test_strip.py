@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from PIL import ExifTags, Image
 
-from data.decode import decode_audio, decode_image
+from data.decode import AudioError, decode_audio, decode_image
 from data.strip import StripError, sniff, strip
 
 SECRETS = (b"SECRET-CAMERA", b"SECRET-ARTIST", b"SECRET-PROFILE", b"SECRET-TRAILER", b"GPS")
@@ -28,6 +28,8 @@ SOUNDS = [
     ("WAV", "PCM_16"),
     ("WAV", "FLOAT"),
     ("WAV", "IMA_ADPCM"),
+    ("WAV", "MS_ADPCM"),
+    ("WAV", "ULAW"),
     ("WAVEX", "PCM_24"),
     ("FLAC", "PCM_16"),
     ("OGG", "VORBIS"),
@@ -116,6 +118,12 @@ def test_the_header_of_a_webp_announces_what_is_left(orientation: int | None, fl
     assert strip(given, "webp")[20] == flags
 
 
+def test_a_chunk_that_reaches_behind_the_end_of_a_webp_is_refused() -> None:
+    given = picture("WEBP", "RGB")
+    with pytest.raises(StripError, match="XMP ' at byte"):
+        strip(given[:4] + struct.pack("<I", len(given) - 8 - len(b"SECRET-TRAILER") - 4) + given[8:], "webp")
+
+
 def test_damaged_exif_goes_and_the_picture_stays() -> None:
     given = picture("JPEG", "RGB")
     at = given.index(b"Exif\0\0") + 6
@@ -123,6 +131,14 @@ def test_damaged_exif_goes_and_the_picture_stays() -> None:
     stripped = strip(damaged, "jpg")
     assert_bare(stripped)
     np.testing.assert_array_equal(decode_image(stripped), decode_image(strip(picture("JPEG", "RGB", 1), "jpg")))
+
+
+def test_exif_behind_the_pixels_of_a_png_turns_it() -> None:
+    given = picture("PNG", "RGB").removesuffix(b"SECRET-TRAILER")
+    at = given.index(b"eXIf") - 4
+    end = at + 12 + struct.unpack_from(">I", given, at)[0]
+    moved = given[:at] + given[end:-12] + given[at:end] + given[-12:]
+    assert strip(moved, "png") == strip(given, "png")
 
 
 def test_text_chunks_of_png_go_wherever_they_stand() -> None:
@@ -196,6 +212,54 @@ def test_wav_that_was_written_to_a_pipe_gets_its_length(announced: int) -> None:
     assert strip(opened, "wav") == whole
 
 
+@pytest.mark.parametrize(("format_", "subtype"), [kind for kind in SOUNDS if "WAV" in kind[0]])
+def test_bytes_behind_the_format_of_a_wav_go(format_: str, subtype: str) -> None:
+    plain = strip(sound(format_, subtype), "wav")
+    at = plain.index(b"fmt ")
+    (length,) = struct.unpack_from("<I", plain, at + 4)
+    known = plain[at + 8 : at + 8 + length]
+    for announced in ((), (length - 18 + 14,)) if length >= 18 else ((), (0,), (14,)):
+        # Perhaps the chunk says itself that more follows.
+        begin = known if not announced else known[:16] + struct.pack("<H", *announced) + known[18:]
+        chunk = b"fmt " + struct.pack("<I", len(begin) + 14) + begin + b"SECRET-CAMERA\0"
+        stripped = strip(plain[:at] + chunk + plain[at + 8 + length :], "wav")
+        assert_bare(stripped)
+        np.testing.assert_array_equal(samples_of(stripped), samples_of(plain))
+
+
+def test_bytes_behind_the_number_of_samples_of_a_wav_go() -> None:
+    plain = strip(sound("WAV", "FLOAT"), "wav")
+    at = plain.index(b"fact")
+    more = plain[: at + 4] + struct.pack("<I", 18) + plain[at + 8 : at + 12] + b"SECRET-CAMERA\0" + plain[at + 12 :]
+    assert strip(more, "wav") == plain
+
+
+@pytest.mark.parametrize("announced", [0, 0x7FFFF000, 0xFFFFFFFF])
+@pytest.mark.parametrize("endian", ["LITTLE", "BIG"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_tags_behind_sound_of_open_length_go(announced: int, endian: str, padded: bool) -> None:
+    order = "<" if endian == "LITTLE" else ">"
+    file = io.BytesIO()
+    # Sound in which the name of a chunk comes up by chance.
+    soundfile.write(file, np.frombuffer(b"LIST\3\1\0\0abcd" * 50, np.int16), 16_000, format="WAV", endian=endian)
+    plain = strip(file.getvalue(), "wav")
+    at = plain.index(b"data")
+    size = struct.pack(f"{order}I", announced)
+    opened = plain[:4] + size + plain[8 : at + 4] + size + plain[at + 8 :]
+    tags = [b"LIST" + struct.pack(f"{order}I", 12) + b"INFOSECRET--", b"id3 " + struct.pack(f"{order}I", 13)]
+    tagged = opened + b"".join(tags) + b"SECRET-CAMERA" + b"\0" * padded
+    assert strip(tagged, "wav") == plain
+    np.testing.assert_array_equal(decode_audio(tagged).samples, decode_audio(plain).samples)
+
+
+def test_a_wav_without_sound_stays_so() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(0, np.int16), 16_000, format="WAV")
+    plain = strip(file.getvalue(), "wav")
+    more = plain[8:] + b"ours" + struct.pack("<I", 14) + b"SECRET-CAMERA\0"
+    assert strip(b"RIFF" + struct.pack("<I", len(more)) + more, "wav") == plain
+
+
 def test_tags_in_front_of_and_behind_flac_go() -> None:
     plain = strip(sound("FLAC"), "flac")
     id3 = b"ID3\4\0\0" + bytes((0, 0, 2, 1)) + b"SECRET-ARTIST".ljust(257, b"\0")
@@ -203,6 +267,23 @@ def test_tags_in_front_of_and_behind_flac_go() -> None:
     tagged = id3 + plain + ape + b"TAG" + b"SECRET-ARTIST".ljust(125)
     assert sniff(tagged) == "flac"
     assert strip(tagged, "flac") == plain
+
+
+@pytest.mark.parametrize("frames", [1, 100, 9000])
+def test_any_bytes_behind_flac_go(frames: int) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(0).standard_normal((frames, 2)) * 0.1, 48_000, format="FLAC")
+    plain = strip(file.getvalue(), "flac")
+    np.testing.assert_array_equal(samples_of(plain), samples_of(file.getvalue()))
+    for trailer in (b"S", b"SECRET-TRAILER" * 50, bytes(500), b"\xff\xf8\xc9\xa8" * 9, plain):
+        assert strip(plain + trailer, "flac") == plain
+
+
+def test_a_cut_flac_is_not_made_to_look_whole() -> None:
+    plain = strip(sound("FLAC"), "flac")
+    for length in (len(plain) - 1, len(plain) - 2000, len(plain) // 2):
+        with pytest.raises(AudioError):
+            decode_audio(strip(plain[:length], "flac"))
 
 
 def test_a_cover_picture_in_flac_goes() -> None:
@@ -227,6 +308,13 @@ def test_a_damaged_ogg_page_is_not_made_to_look_whole() -> None:
     given[-100] ^= 1
     with pytest.raises(StripError, match="checksum"):
         strip(bytes(given), "ogg")
+
+
+def test_an_ogg_that_lacks_a_page_is_not_made_to_look_whole() -> None:
+    given = sound("OGG", "VORBIS")
+    pages = [at for at in range(len(given)) if given.startswith(b"OggS", at)]
+    with pytest.raises(StripError, match="missing"):
+        strip(given[: pages[-2]] + given[pages[-1] :], "ogg")
 
 
 def test_files_that_end_too_early_are_refused_or_undecodable() -> None:

@@ -114,11 +114,28 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
         ("image,label", Columns(text="image"), "column 'image' stands for 2 of"),
         ("image,a,a", ANY, "column 'a' comes twice"),
         ("", ANY, "empty"),
+        ("image,Caption", ANY, "column 'Caption' is not taken for 'caption', .* add --text \"Caption\", or rename it"),
+        (" text,image", ANY, "column ' text' is not taken for 'text', .* add --text \" text\", or rename it"),
+        ("TEXT ,x", ANY, "column 'TEXT ' is not taken for 'text'"),
+        ("text,Image_Path", ANY, "column 'Image_Path' is not taken for 'image_path', .* --image"),
+        ("text,LABEL", ANY, "column 'LABEL' is not taken for 'label', .* --label"),
+        ("text,Audio", Columns(text="text"), "column 'Audio' is not taken for 'audio', .* --audio"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(tmp_path: Path, header: str, wanted: Columns, message: str) -> None:
     with pytest.raises(TableError, match=rf"rows\.csv: {message}"):
         open_table(manifest(tmp_path, f"{header}\nx,y\n" if header else ""), wanted)
+
+
+def test_a_named_column_may_be_spelled_in_any_way_and_others_be_like_it(tmp_path: Path) -> None:
+    header = "Caption, TEXT,Image,id\na.jpg,b,c.jpg,d\n"
+    (row,) = good(open_table(manifest(tmp_path, header), Columns(text=" TEXT", image="Caption")))
+    assert row.files == {"image": File("a.jpg"), "text": File(None, b"b")}
+    assert row.facts == {"Image": "c.jpg", "id": "d"}  # the image is known
+    (row,) = good(open_table(manifest(tmp_path, "text,Caption\na,b\n"), ANY))
+    assert (row.files, row.facts) == ({"text": File(None, b"a")}, {"Caption": "b"})
+    (row,) = good(open_table(manifest(tmp_path, "text,Label\na,b\n"), Columns(image="Label")))
+    assert row.files == {"image": File("b"), "text": File(None, b"a")}
 
 
 @pytest.mark.parametrize("column", ["text_path", "caption_file"])
@@ -174,6 +191,43 @@ def test_an_open_quotation_mark_does_not_swallow_the_rest(tmp_path: Path) -> Non
     table = open_table(manifest(tmp_path, 'text\nx\n"never closed\ny\nz\n'), ANY)
     with pytest.raises(TableError, match=r"rows\.csv:5: .*quotation mark"):
         rows(table)
+
+
+def test_a_line_with_misplaced_quotation_marks_is_a_bad_row(tmp_path: Path) -> None:
+    text = 'text,label\na,1\n"b" or c,2\n"two ""or\nmore"" lines",3\n\n"d"e,x\n5 " long,5,6\nf,7\n'
+    text = text.replace("5 ", '5 "')
+    table = open_table(manifest(tmp_path, text), ANY)
+    assert reasons(table) == [
+        f"rows.csv:{line}: ',' expected after '\"'; a quotation mark inside of a quoted text is written twice"
+        for line in (3, 7)
+    ] + ["rows.csv:8: 3 fields, the first line names 2"]
+    sound = [(row.number, row.files["text"].content, row.facts) for row in rows(table) if isinstance(row, Row)]
+    assert sound == [
+        (0, b"a", {"label": 1}),
+        (2, b'two "or\nmore" lines', {"label": 3}),
+        (5, b"f", {"label": 7}),  # x is no label, as its line is none
+    ]
+    assert table.count() == 6
+    check_slices(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('text\nx\n"a "b" is\nopen"\n', 3),
+        ('text\nx\n"a\nb"c\ny\n', 4),  # of two lines
+        ('text\nx\n"a 5" pipe\nis open"\ny\n', 4),
+        ('text\nx\n"a 5" pipe\nis\nopen"\ny\n', 5),
+    ],
+)
+def test_quotation_marks_that_hide_where_records_begin_are_refused(tmp_path: Path, text: str, line: int) -> None:
+    with pytest.raises(TableError, match=rf"rows\.csv:{line}: .*quotation mark"):
+        rows(open_table(manifest(tmp_path, text), ANY))
+
+
+def test_a_first_line_with_misplaced_quotation_marks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=r"rows\.csv:1: .*; names of the columns are needed there"):
+        open_table(manifest(tmp_path, '"image"s,text\na,b\n'), ANY)
 
 
 def test_long_fields_are_read(tmp_path: Path) -> None:
