@@ -43,6 +43,10 @@ class TrainConfig:
     """Largest norm of the gradient over all parameters."""
     precision: str = "auto"
     """Allowed: auto (bf16 where the device is fast in it), fp32, bf16."""
+    compile: bool = False
+    """Compile the Transformer blocks: a few minutes at the start, faster steps after."""
+    recompute: bool = False
+    """Compute the blocks' activations again in the backward pass (activation checkpointing): less memory, more time."""
     threads: int | None = None
     """CPU threads when training on a CPU; null takes every core that the process may use."""
     log_every: int = 20

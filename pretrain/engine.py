@@ -73,6 +73,9 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
 
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
+    encoder.recompute = config.train.recompute
+    if config.train.compile:
+        encoder.compile_blocks()
     bare = Pretraining(encoder, config.objectives)
     bare_optimizer = make_optimizer(bare, config.train)
     model, optimizer = accelerator.prepare(bare, bare_optimizer)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,40 @@ def test_weights_of_their_own_are_their_own(sharing: str) -> None:
     # All attend to all, so that in a joint pass it shows everywhere.
     after = model.trunk({name: model.tokens(name, each) for name, each in inputs.items()})
     assert not any(torch.equal(after[name], joint[name]) for name in inputs)
+
+
+@pytest.mark.parametrize("sharing", ["all", "none"])
+def test_recomputed_activations_change_no_gradient_and_keep_less(sharing: str) -> None:
+    def run(recompute: bool) -> tuple[list[Tensor], int]:
+        model, kept = encoder(model=dataclasses.replace(MODEL, sharing=sharing)), 0
+        model.recompute = recompute
+
+        def keep(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        inputs = {name: field(name, 3) for name in ("image", "text", "audio")}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            states = model.trunk({name: model.tokens(name, each) for name, each in inputs.items()})
+        sum(each.square().sum() for each in states.values()).backward()  # type: ignore[union-attr]
+        return [p.grad for p in model.blocks.parameters() if p.grad is not None], kept
+
+    (expected, kept), (got, kept_less) = run(False), run(True)
+    assert len(got) == len(expected) > 0
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    assert kept_less < kept / 3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_give_the_same_and_are_saved_alike(tmp_path: Path) -> None:
+    plain, compiled = encoder(), encoder()
+    compiled.compile_blocks()
+    for name in ("image", "text"):
+        torch.testing.assert_close(compiled(name, field(name, 3)), plain(name, field(name, 3)), rtol=0, atol=1e-5)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
 def test_features_and_embeddings_are_those_that_stock_classes_read() -> None:

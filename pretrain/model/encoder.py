@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.batch import Field
 from data.errors import UserError
@@ -97,6 +98,8 @@ class Encoder(nn.Module):
         """
         super().__init__()
         self.config, self.views, self.vocabulary = config, views, vocabulary
+        self.recompute = False
+        """Whether blocks compute their activations again in the backward pass, rather than keep them."""
         self.tokenizers = nn.ModuleDict(
             {name: TOKENIZERS[name](config, view, vocabulary) for name, view in views.used.items()}
         )
@@ -137,9 +140,17 @@ class Encoder(nn.Module):
             valid = torch.cat([_valid(tokens) for tokens in streams.values()], dim=1)
         lengths = {name: tokens.x.shape[1] for name, tokens in streams.items()}
         for block in self.blocks:
-            x = block(x, valid, lengths)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, valid, lengths, use_reentrant=False, preserve_rng_state=False)  # no dropout
+            else:
+                x = block(x, valid, lengths)
         x = apart(self.norm, "forward", x, lengths)
         return dict(zip(streams, torch.split(x, list(lengths.values()), dim=1), strict=True))
+
+    def compile_blocks(self) -> None:
+        """Compile each block; what is saved and exported stays as it is."""
+        for block in self.blocks:
+            block.compile()
 
     def encode(self, modality: str, field: Field, keep: Tensor | None = None) -> Tensor:
         """One modality alone: states (n, N, D)."""
