@@ -16,7 +16,7 @@ from data.stream import DataConfig
 from data.text import TokenizerConfig
 from eval.run import EvalConfig
 from objectives.pretraining import OBJECTIVES, ObjectivesConfig
-from pretrain.model.tokenizers import ModelConfig
+from pretrain.model.tokenizers import PRESETS, ModelConfig
 
 
 class ConfigError(UserError):
@@ -162,7 +162,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
         if (misfit := next(_misfits(part, schema), None)) is not None:
             raise ConfigError(misfit)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, *parts))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, _preset(parts), *parts))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
@@ -176,6 +176,13 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole configuration as a recipe that gives the same run."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _preset(parts: Sequence[DictConfig]) -> DictConfig:
+    """The shape that ``model.preset`` stands for, under whatever else is given."""
+    name = OmegaConf.select(OmegaConf.merge(*parts), "model.preset")
+    known = isinstance(name, str) and name in PRESETS  # another name is refused with all other values
+    return OmegaConf.create({"model": PRESETS[name]} if known else {})
 
 
 def _checked_override(override: str) -> str:

@@ -156,6 +156,7 @@ def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None
         ("model.mlp_ratio=-1.0", "or more"),
         ("model.heads=3", "must divide model.width=128"),
         ("model.sharing=some", "all, ffn, none"),
+        ("model.preset=huge", "micro, tiny, small, base, large"),
         *(
             (f"objectives.{name}={value}", "above 0 and at most 1")
             for name in ("keep.image", "keep.audio", "joint_keep.image", "joint_keep.audio", "joint_share")
@@ -257,6 +258,19 @@ def test_a_bound_of_a_source_names_it(override: str, words: str) -> None:
         overrides = [f"data.train.{name}.shards=[w.tar]", f"data.train.{name}.{override}"]
         assert refusal(*overrides) == f"data.train.{name}.{words}"
     assert refusal("data.train.web.weight=2") == "data.train.web.shards is empty: a source has no shards"
+
+
+def test_a_preset_sets_what_is_not_given(tmp_path: Path) -> None:
+    recipe = written(
+        tmp_path,
+        "data: {train: [a.tar]}\ntokenizer: {train: 300}\nmodel: {preset: base, depth: 3}\neval: {label: null}\n",
+    )
+    model = load_config(recipe).model
+    assert (model.width, model.depth, model.heads, model.image_patch) == (768, 3, 12, 16)
+    model = load_config(recipe, ["model.preset=micro", "model.heads=2"]).model
+    assert (model.width, model.depth, model.heads, model.image_patch) == (128, 3, 2, 8)
+    again = load_config(written(tmp_path, to_yaml(load_config(recipe))))
+    assert again == load_config(written(tmp_path, to_yaml(again)))
 
 
 def test_bounds_themselves_are_allowed() -> None:

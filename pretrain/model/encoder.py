@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -125,26 +126,31 @@ class Encoder(nn.Module):
         patches: Tensor = tokenizer.patchify(x)
         return patches
 
-    def trunk(self, streams: dict[str, Tokens]) -> dict[str, Tensor]:
+    def trunk(self, streams: dict[str, Tokens], last: int | None = None) -> dict[str, Tensor]:
         """Attend over the tokens of all streams as one sequence.
 
         Args:
             streams: modality -> tokens of the same n samples.
+            last: of how many last blocks the mean is wanted, each normalised without weights (data2vec, Baevski et
+                al. 2022, section 3.3). None: of none of them, but what follows the last LayerNorm.
 
         Returns:
-            modality -> states (n, N, D) after the last LayerNorm.
+            modality -> states (n, N, D).
         """
         x = torch.cat([tokens.x for tokens in streams.values()], dim=1)
         valid = None
         if any(tokens.valid is not None for tokens in streams.values()):
             valid = torch.cat([_valid(tokens) for tokens in streams.values()], dim=1)
         lengths = {name: tokens.x.shape[1] for name, tokens in streams.items()}
-        for block in self.blocks:
+        total = torch.zeros((), device=x.device)
+        for i, block in enumerate(self.blocks, start=1):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, valid, lengths, use_reentrant=False, preserve_rng_state=False)  # no dropout
             else:
                 x = block(x, valid, lengths)
-        x = apart(self.norm, "forward", x, lengths)
+            if last is not None and i > len(self.blocks) - last:
+                total = total + F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        x = apart(self.norm, "forward", x, lengths) if last is None else total / last
         return dict(zip(streams, torch.split(x, list(lengths.values()), dim=1), strict=True))
 
     def compile_blocks(self) -> None:

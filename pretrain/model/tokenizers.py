@@ -12,11 +12,23 @@ from data.errors import UserError
 from data.transforms import AudioView, ImageView, TextView
 from pretrain.model.layers import LAYER_NORM_EPS, gather_tokens
 
+# Name -> shape, after ViT (Dosovitskiy et al. 2021, table 1; Touvron et al. 2021, table 1) but for the smallest.
+PRESETS: dict[str, dict[str, int]] = {
+    "micro": {"width": 128, "depth": 6, "heads": 4, "image_patch": 8, "audio_patch": 16},
+    "tiny": {"width": 192, "depth": 12, "heads": 3, "image_patch": 16, "audio_patch": 16},
+    "small": {"width": 384, "depth": 12, "heads": 6, "image_patch": 16, "audio_patch": 16},
+    "base": {"width": 768, "depth": 12, "heads": 12, "image_patch": 16, "audio_patch": 16},
+    "large": {"width": 1024, "depth": 24, "heads": 16, "image_patch": 16, "audio_patch": 16},
+}
+
 
 @dataclass
 class ModelConfig:
     """Shape of the encoder."""
 
+    preset: str | None = None
+    """Sets width, depth, heads and patches, which may still be given; allowed: micro, tiny, small, base, large (as
+    ViT-Ti/16, S/16, B/16, L/16), or null."""
     width: int = 384
     """Width D of the tokens."""
     depth: int = 12
@@ -36,6 +48,8 @@ class ModelConfig:
     has its own feed-forward layers; none: each has its own of everything, and attends to the tokens of all."""
 
     def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"model.preset={self.preset}: allowed are {', '.join(PRESETS)}, or null")
         for name in ("width", "depth", "heads", "embed_dim", "image_patch", "audio_patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: allowed is 1 or more")
