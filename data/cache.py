@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -26,8 +26,11 @@ from data.fetch import (
     is_url,
     local_error,
     masked,
+    open_binary,
     read_range,
-    told_size,
+    split_query,
+    stamp_of,
+    told,
 )
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,7 +38,7 @@ _TOUCH_SECONDS = 30.0
 
 
 class Stored(Protocol):
-    """A shard whose content is known: ``data.index.ShardIndex`` is one."""
+    """A shard whose content is known: ``data.index.Shard`` is one."""
 
     @property
     def location(self) -> str:
@@ -49,10 +52,21 @@ class Stored(Protocol):
     def sha256(self) -> str:
         """Hex digest of the whole file."""
 
+    @property
+    def stamp(self) -> str:
+        """Of the file when its content was last known to be this (see `data.fetch.Told`); "" if unknown."""
+
 
 def _check_size(shard: Stored, size: int | None) -> None:
     if size is not None and size != shard.size:
         raise FetchError(f"{masked(shard.location)}: changed since it was indexed: {shard.size} bytes then, {size} now")
+
+
+def _check_sha256(shard: Stored, sha256: str) -> None:
+    if sha256 != shard.sha256:
+        raise FetchError(
+            f"{masked(shard.location)}: changed since it was indexed: sha256 {shard.sha256} then, {sha256} now"
+        )
 
 
 # --- The cache
@@ -108,8 +122,14 @@ class Cache:
         return path
 
     def index_of(self, location: str) -> Path:
-        """Where the index of the remote shard ``location`` may be stored; such files are never deleted."""
-        return self.folder / f"{hashlib.sha256(location.encode()).hexdigest()}{INDEX_SUFFIX}"
+        """Where the index of the remote shard ``location`` may be stored; such files are never deleted.
+
+        A query behind the name of a tar is a signature or the like, and another one next time. Behind anything else
+        it may be what tells two shards apart.
+        """
+        path, query = split_query(location)
+        name = path if path.endswith(".tar") else path + query
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}{INDEX_SUFFIX}"
 
     def _lock(self, name: str) -> FileLock:
         # Lock files stay: deleting one while another process waits for it would give both the lock.
@@ -132,7 +152,7 @@ class Cache:
 
     def _fetch(self, shard: Stored, path: Path) -> None:
         """Download ``shard`` to ``path``, holding its lock."""
-        _check_size(shard, told_size(shard.location))
+        _check_size(shard, told(shard.location).size)
         part = path.with_suffix(".part")
         part.unlink(missing_ok=True)  # of a process that was killed
         try:
@@ -142,10 +162,7 @@ class Cache:
                 # After a power cut, a renamed file would have its size, which is all that is checked, and no bytes.
                 file.flush()
                 os.fsync(file.fileno())
-            if sha256 != shard.sha256:
-                raise FetchError(
-                    f"{masked(shard.location)}: changed since it was indexed: sha256 {shard.sha256} then, {sha256} now"
-                )
+            _check_sha256(shard, sha256)
             with self._lock("room"):  # or it could be counted under neither name
                 part.replace(path)
         finally:
@@ -211,7 +228,12 @@ class _OpenFile:
 
 
 class Reader:
-    """Reads pieces of shards; for threads, and for processes: files are not carried over when it is pickled."""
+    """Reads pieces of shards; for threads, and for processes: files are not carried over when it is pickled.
+
+    Whether a shard is still the one that was indexed is asked when it is opened, of a URL without a cache before the
+    first read: by its size, and by its stamp if it has one. A file that is written over while it is open is not
+    noticed unless it gets shorter, nor is a URL whose store tells nothing but the size.
+    """
 
     def __init__(self, cache: Cache | None = None, max_open: int = 256) -> None:
         """Read URLs through ``cache``, without one in ranges; hold at most ``max_open`` files open.
@@ -223,7 +245,8 @@ class Reader:
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = max(1, max_open if allowed == resource.RLIM_INFINITY else min(max_open, allowed // 2))
         self._files: OrderedDict[tuple[str, str], _OpenFile] = OrderedDict()
-        self._sized: set[tuple[str, int]] = set()
+        self._checked: set[tuple[str, str]] = set()
+        self._hashed: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -242,8 +265,7 @@ class Reader:
         """The bytes of several (offset, size) of ``shard``.
 
         Raises:
-            FetchError: the shard is missing, can't be read, has another size than when it was indexed, or has no
-                such bytes.
+            FetchError: the shard is missing, can't be read, is another one than was indexed, or has no such bytes.
         """
         remote = self.cache is None and is_url(shard.location)
         file = None if remote else self._file(shard)
@@ -274,9 +296,14 @@ class Reader:
 
     def _read_remote(self, shard: Stored, offset: int, size: int) -> bytes:
         # Of a shard that was replaced, a range has the right length and the wrong bytes.
-        if (shard.location, shard.size) not in self._sized:
-            _check_size(shard, told_size(shard.location))
-            self._sized.add((shard.location, shard.size))
+        key = (shard.location, shard.sha256)
+        if key not in self._checked:
+            now = told(shard.location)
+            _check_size(shard, now.size)
+            if self._is_new(shard, now.stamp):
+                with open_binary(shard.location) as file:
+                    self._check_content(shard, now.stamp, file)
+            self._checked.add(key)
         return read_range(shard.location, offset, size, shard.size) if size else b""
 
     def _file(self, shard: Stored) -> _OpenFile:
@@ -300,7 +327,11 @@ class Reader:
                 file = _OpenFile(shard.location)
             except OSError as error:
                 raise local_error(shard.location, error) from error
-            _check_size(shard, os.fstat(file.descriptor).st_size)
+            state = os.fstat(file.descriptor)
+            _check_size(shard, state.st_size)
+            if self._is_new(shard, stamp_of(state)):
+                with open(os.dup(file.descriptor), "rb") as same:  # noqa: PTH123 (a path may be another file by now)
+                    self._check_content(shard, stamp_of(state), same)
             return file
         for _ in range(RETRIES):
             path = self.cache.get(shard)
@@ -314,6 +345,16 @@ class Reader:
             f"{self.cache.folder}: {masked(shard.location)} was evicted {RETRIES} times before it could be opened: "
             f"{self.cache.max_bytes} bytes are too few for the processes that share the cache"
         )
+
+    def _is_new(self, shard: Stored, stamp: str) -> bool:
+        """Whether the file has neither the shard's stamp nor one with which it was found to be the same."""
+        known = (shard.stamp, self._hashed.get((shard.location, shard.sha256)))
+        return bool(shard.stamp and stamp) and stamp not in known
+
+    def _check_content(self, shard: Stored, stamp: str, file: BinaryIO) -> None:
+        """Refuse a shard that was replaced. One that was only touched, or copied anew, is the same."""
+        _check_sha256(shard, hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+        self._hashed[shard.location, shard.sha256] = stamp
 
     def _touch(self, key: tuple[str, str], file: _OpenFile) -> None:
         """Tell the cache now and then that an open file is in use."""

@@ -6,16 +6,17 @@ URLs take their credentials and endpoints from where their package looks for the
 
 import hashlib
 import logging
+import os
 import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from time import sleep
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -48,6 +49,11 @@ _PACKAGES = {
     "memory": "fsspec",
 }
 _HTTP = ("http", "https")
+# What stores say of a file that another one in its place would not share, the best first.
+_STAMPS = (
+    *("ETag", "etag", "generation", "blob_id", "Content-MD5", "Digest"),
+    *("Last-Modified", "LastModified", "last_modified", "mtime", "created"),
+)
 # What the packages raise besides OSError. Looked up only among the modules that are loaded.
 _ERRORS = {
     "aiohttp": "ClientError",
@@ -61,6 +67,7 @@ _TRANSIENT_4XX = (408, 425, 429)
 # Two letters at least: C:// is a drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 _CHUNK = 8 << 20
+_START = 64 << 10  # bytes in which a first line is looked for
 
 _log = logging.getLogger(__name__)
 # Not the global generator, which a run seeds, and not one that forked workers inherit: they would wait in step.
@@ -89,12 +96,25 @@ def masked(location: str) -> str:
     scheme, separator, rest = location.partition("://")
     if not separator or not is_url(location):
         return location
-    host, slash, path = rest.partition("/")
+    rest, query = split_query(location)
+    host, slash, path = rest.partition("://")[2].partition("/")
     if "@" in host and (":" in host.rpartition("@")[0] or scheme in _HTTP):
         host = "***@" + host.rpartition("@")[2]
-    if scheme in _HTTP and "?" in path:
-        path = path.partition("?")[0] + "?***"
-    return f"{scheme}://{host}{slash}{path}"
+    return f"{scheme}://{host}{slash}{path}{'?***' if query else ''}"
+
+
+def split_query(location: str) -> tuple[str, str]:
+    """``location`` without its query, and the query with its ``?``; elsewhere than in HTTP it has none."""
+    if not location.startswith(tuple(f"{scheme}://" for scheme in _HTTP)):
+        return location, ""
+    path, mark, query = location.partition("?")
+    return path, mark + query
+
+
+def index_beside(location: str) -> str:
+    """Where the index of the shard ``location`` lies: a query is no part of the file's name."""
+    path, query = split_query(location)
+    return f"{path}{INDEX_SUFFIX}{query}"
 
 
 def check_url(url: str) -> None:
@@ -217,7 +237,19 @@ def _retried(url: str, action: Callable[[Any, str], _T]) -> _T:
 # --- Remote reads
 
 
-def _size(fs: Any, path: str) -> int | None:
+class Told(NamedTuple):
+    """What a store tells of a file without sending it.
+
+    Attributes:
+        size: bytes; None if it doesn't tell.
+        stamp: of this file's content or time; "" if it doesn't tell.
+    """
+
+    size: int | None
+    stamp: str
+
+
+def _told(fs: Any, path: str) -> Told:
     try:
         info = fs.info(path)
     except FileNotFoundError:
@@ -227,16 +259,19 @@ def _size(fs: Any, path: str) -> int | None:
         raise
     if info["type"] == "directory":
         raise IsADirectoryError("a folder, not a file")
-    size: int | None = info["size"]
-    return size
+    return Told(info["size"], next((f"{name} {info[name]}" for name in _STAMPS if info.get(name)), ""))
 
 
-def _stream(fs: Any, path: str) -> BinaryIO:
-    """The file from its first byte to its last, to be read once in pieces of at most ``_CHUNK`` bytes."""
+def _stream(fs: Any, path: str, headers: Mapping[str, str] | None = None) -> BinaryIO:
+    """The file from its first byte to its last, to be read once in pieces of at most ``_CHUNK`` bytes.
+
+    ``headers`` are those of HTTP, to add.
+    """
     file: BinaryIO
     if _is_http(fs):
+        more = {"headers": {**fs.kwargs["headers"], **headers}} if headers else {}
         # One request, which servers without ranges understand too; naming any size spares one that asks for it.
-        file = fs.open(path, "rb", block_size=0, size=1)
+        file = fs.open(path, "rb", block_size=0, size=1, **more)
     elif "hf" in fs.protocol:
         file = fs.open(path, "rb", block_size=0)
     else:
@@ -334,7 +369,7 @@ def expand(pattern: str) -> list[str]:
     scheme = pattern.partition("://")[0]
     path = urlsplit(pattern).path if scheme in _HTTP else pattern  # what follows the ? of HTTP is no name
     if not re.search(r"[*?\[]", path):
-        told_size(pattern)
+        told(pattern)
         return [pattern]
     hint = "; HTTP servers list files only where they show an index page: name them with braces" * (scheme in _HTTP)
 
@@ -351,30 +386,43 @@ def expand(pattern: str) -> list[str]:
     return urls
 
 
-def told_size(url: str) -> int | None:
-    """Bytes of a URL; None if its server doesn't tell.
+def told(url: str) -> Told:
+    """Size and stamp of a URL, in one request.
 
     Raises:
         FetchError: it is missing (then also a ``FileNotFoundError``), or can't be reached.
     """
-    return _retried(url, _size)
+    return _retried(url, _told)
 
 
-def size_of(location: str) -> int:
-    """Bytes of a file.
+def stamp_of(state: os.stat_result) -> str:
+    """What differs for another local file in the same place; also for the same one that was touched."""
+    # No inode: file systems over a network may number a file anew each time.
+    return f"{state.st_mtime_ns} {state.st_ctime_ns}"
+
+
+def state_of(location: str) -> tuple[int, str]:
+    """Bytes of a file, and its stamp (see `Told`).
 
     Raises:
-        FetchError: it is missing (then also a ``FileNotFoundError``), can't be reached, or its server doesn't tell.
+        FetchError: it is missing (then also a ``FileNotFoundError``), can't be reached, or its server doesn't tell
+            its size.
     """
     if not is_url(location):
         try:
-            return Path(location).stat().st_size
+            state = Path(location).stat()
         except OSError as error:
             raise local_error(location, error) from error
-    size = told_size(location)
+        return state.st_size, stamp_of(state)
+    size, stamp = told(location)
     if size is None:
         raise FetchError(f"{masked(location)}: the server doesn't tell its size")
-    return size
+    return size, stamp
+
+
+def size_of(location: str) -> int:
+    """Bytes of a file. Raises what `state_of` raises."""
+    return state_of(location)[0]
 
 
 def open_binary(location: str) -> BufferedReader | BufferedRandom:
@@ -400,6 +448,33 @@ def open_binary(location: str) -> BufferedReader | BufferedRandom:
     return file
 
 
+def _read(file: BinaryIO, limit: int) -> bytes:
+    """The first ``limit`` bytes, or all there are."""
+    data = bytearray()
+    # Streams give what has arrived, which may be less than asked for.
+    while chunk := file.read(limit - len(data)):
+        data += chunk
+    return bytes(data)
+
+
+def read_first_line(url: str, limit: int) -> bytes:
+    """The bytes of a URL up to its first line break; where they are few, the rest does not cross the network.
+
+    Raises:
+        FileNotFoundError: it is missing; of HTTP, only with status 404.
+        FetchError: it has a long first line and more than ``limit`` bytes, or can't be read.
+    """
+
+    def action(fs: Any, path: str) -> bytes:
+        # A server that knows no ranges sends all, and is cut short.
+        span = {"Range": f"bytes=0-{_START - 1}"}
+        with _stream(fs, path, span) as remote:
+            return _read(remote, _START)
+
+    start, found, _ = _retried(url, action).partition(b"\n")
+    return start if found else read_file(url, limit).partition(b"\n")[0]
+
+
 def read_file(location: str, limit: int) -> bytes:
     """All bytes of a small file.
 
@@ -408,23 +483,16 @@ def read_file(location: str, limit: int) -> bytes:
         FetchError: it has more than ``limit`` bytes, or can't be read.
     """
 
-    def read(file: BinaryIO) -> bytes:
-        data = bytearray()
-        # Streams give what has arrived, which may be less than asked for.
-        while chunk := file.read(limit + 1 - len(data)):
-            data += chunk
-        return bytes(data)
-
     def action(fs: Any, path: str) -> bytes:
         with _stream(fs, path) as remote:
-            return read(remote)
+            return _read(remote, limit + 1)
 
     if is_url(location):
         data = _retried(location, action)
     else:
         try:
             with Path(location).open("rb") as file:
-                data = read(file)
+                data = _read(file, limit + 1)
         except OSError as error:
             raise local_error(location, error) from error
     if len(data) > limit:

@@ -26,9 +26,20 @@ from braceexpand import braceexpand
 
 from data.cache import Cache
 from data.errors import UserError
-from data.fetch import check_url, expand, is_url, masked, open_binary, read_file, size_of
+from data.fetch import (
+    INDEX_SUFFIX,
+    FetchError,
+    check_url,
+    expand,
+    index_beside,
+    is_url,
+    masked,
+    open_binary,
+    read_file,
+    read_first_line,
+    state_of,
+)
 
-SUFFIX = ".index.jsonl"
 MAX_INDEX_BYTES = 1 << 30  # ten million samples
 _SCHEMA = 2
 _BLOCK = 512
@@ -64,6 +75,8 @@ class Shard(NamedTuple):
         sha256: hex digest of the tar.
         samples: how many there are; at least one.
         members: extension -> how many samples have it.
+        stamp: of the file that `load_shard` saw (see `data.fetch.Told`), by which its readers know it again; "" if
+            unknown. Shards that differ in nothing else are equal.
     """
 
     location: str
@@ -71,6 +84,16 @@ class Shard(NamedTuple):
     sha256: str
     samples: int
     members: dict[str, int]
+    stamp: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shard) and self[:-1] == other[:-1]
+
+    def __ne__(self, other: object) -> bool:  # a tuple has its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((self.location, self.sha256))
 
 
 class ShardIndex(NamedTuple):
@@ -97,10 +120,15 @@ class ShardIndex(NamedTuple):
 
 def index_path(path: Path | str) -> Path:
     """Where the index of the local shard ``path`` lies."""
-    return Path(f"{path}{SUFFIX}")
+    return Path(f"{path}{INDEX_SUFFIX}")
 
 
 def build_index(location: Path | str) -> ShardIndex:
+    """The index of a tar: `scan` without its count. Raises what that raises."""
+    return scan(location)[0]
+
+
+def scan(location: Path | str) -> tuple[ShardIndex, int]:
     """Index a tar from its headers, and hash it.
 
     Members are grouped by WebDataset's rule: consecutive ones with the same path up to the first dot of the
@@ -109,6 +137,9 @@ def build_index(location: Path | str) -> ShardIndex:
 
     Args:
         location: path or URL; of a URL all bytes are read once.
+
+    Returns:
+        The index, and how many files belong to no sample.
 
     Raises:
         ShardError: the file is missing, compressed, truncated or damaged, holds no sample, holds a link, device
@@ -122,12 +153,12 @@ def build_index(location: Path | str) -> ShardIndex:
         with open_binary(location) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            samples = _scan(masked(location), file, size)
+            samples, outside = _scan(masked(location), file, size)
             file.seek(0)
             sha256 = _sha256(file)
     except FileNotFoundError as error:
         raise ShardError(f"{masked(location)}: no such shard") from error
-    return ShardIndex(location, size, sha256, samples)
+    return ShardIndex(location, size, sha256, samples), outside
 
 
 def _sha256(file: BinaryIO) -> str:
@@ -137,8 +168,8 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _scan(path: str, file: BinaryIO, size: int) -> list[Sample]:
-    """Read the headers of a tar of ``size`` bytes."""
+def _scan(path: str, file: BinaryIO, size: int) -> tuple[list[Sample], int]:
+    """Read the headers of a tar of ``size`` bytes; also counts the files that belong to no sample."""
     start = file.read(6)
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
@@ -146,7 +177,7 @@ def _scan(path: str, file: BinaryIO, size: int) -> list[Sample]:
     file.seek(0)
     samples: list[Sample] = []
     seen: set[str] = set()
-    end = 0
+    end = outside = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -158,7 +189,7 @@ def _scan(path: str, file: BinaryIO, size: int) -> list[Sample]:
                         f"{path}: truncated or damaged at byte {size}: "
                         f"{member.name!r} reaches to byte {member.offset_data + member.size}"
                     )
-                _add(path, member, samples, seen)
+                outside += not _add(path, member, samples, seen)
     except ShardError:
         raise
     except (tarfile.TarError, ValueError) as error:  # the latter from malformed extended headers
@@ -166,19 +197,19 @@ def _scan(path: str, file: BinaryIO, size: int) -> list[Sample]:
     _check_end(path, file, end)
     if not samples:
         raise ShardError(f"{path}: holds no samples")
-    return samples
+    return samples, outside
 
 
-def _add(path: str, member: tarfile.TarInfo, samples: list[Sample], seen: set[str]) -> None:
-    """Append ``member`` to the last of ``samples``, or to a new one."""
+def _add(path: str, member: tarfile.TarInfo, samples: list[Sample], seen: set[str]) -> bool:
+    """Append ``member`` to the last of ``samples``, or to a new one; False for a file that belongs to none."""
     where = f"{path}: {member.name!r} at byte {member.offset}"
     if member.isdir():
-        return
+        return True
     if not member.isreg() or member.issparse():
         raise ShardError(f"{where} is a link, device or sparse file: only regular files have bytes to read")
     name = _NAME.fullmatch(member.name)
     if name is None or _META.match(member.name):
-        return
+        return False
     key, extension = name[1], name[2].lower()
     if not samples or samples[-1].key != key:
         if key in seen:
@@ -188,6 +219,7 @@ def _add(path: str, member: tarfile.TarInfo, samples: list[Sample], seen: set[st
     if extension in samples[-1].members:
         raise ShardError(f"{where}: sample {key!r} has two members {extension!r}")
     samples[-1].members[extension] = (member.offset_data, member.size)
+    return True
 
 
 def _check_end(path: str, file: BinaryIO, end: int) -> None:
@@ -219,7 +251,8 @@ def write_index(index: ShardIndex, beside: Path | None = None) -> None:
 
 
 def _dump(index: ShardIndex) -> bytes:
-    head = {"schema": _SCHEMA, **{key: value for key, value in index.shard._asdict().items() if key != "location"}}
+    shard = index.shard._asdict()
+    head = {"schema": _SCHEMA, **{key: shard[key] for key in ("size", "sha256", "samples", "members")}}
     lines = [json.dumps(line, separators=(",", ":")) for line in (head, *index.samples)]
     return "\n".join([*lines, ""]).encode()
 
@@ -245,27 +278,29 @@ def load_shard(location: Path | str, cache: Cache | None = None) -> Shard:
     In a folder that can't be written to, it is kept in memory. Indexes of URLs are kept in ``cache``.
 
     Raises:
-        ShardError: the shard is missing, cannot be indexed (see `build_index`), has another size than when it was
+        ShardError: the shard is missing, cannot be indexed (see `scan`), has another size than when it was
             indexed, or is newer than its index and has other content; its index file is malformed or of another
             schema; or a URL has no index and there is no cache to keep one in.
-        FetchError: a URL that can't be read.
+        FetchError: a URL that can't be read, or a cache that can't be written to.
     """
     location = str(location)
+    # Before all else: whatever takes the shard's place from here on has another stamp.
+    size, stamp = _state(location)
+    if location in _unwritable and _unwritable[location][1] == stamp:
+        return _unwritable[location][0].shard._replace(stamp=stamp)
     where = _index_location(location, cache)
-    if location in _unwritable:
-        return _unwritable[location].shard
     try:
         if is_url(where):
-            first = read_file(where, MAX_INDEX_BYTES).partition(b"\n")[0]
+            first = read_first_line(where, MAX_INDEX_BYTES)
         else:
             with Path(where).open("rb") as file:
                 first = file.readline(MAX_INDEX_BYTES)
     except FileNotFoundError:
-        return _first_sight(location, cache).shard
+        return _first_sight(location, cache, stamp).shard._replace(stamp=stamp)
     except OSError as error:
         raise ShardError(f"{where}: {error.strerror}") from error
-    shard = _parse_head(location, where, first)
-    _check_unchanged(shard, where)
+    shard = _parse_head(location, where, first)._replace(stamp=stamp)
+    _check_unchanged(shard, where, size)
     return shard
 
 
@@ -302,15 +337,23 @@ def load_lines(shard: Shard, cache: Cache | None = None) -> list[bytes]:
     try:
         content = read_file(where, MAX_INDEX_BYTES)
     except FileNotFoundError:
-        content = _dump(_unwritable.get(shard.location) or _first_sight(shard.location, cache))
-    lines = content.rstrip(b"\n").split(b"\n")
-    if _parse_head(shard.location, where, lines[0]) != shard:
+        if shard.location in _unwritable:
+            index, _ = _unwritable[shard.location]
+        else:
+            index = _first_sight(shard.location, cache, shard.stamp)
+        content = _dump(index)
+    head, *lines = content.rstrip(b"\n").split(b"\n")
+    if _parse_head(shard.location, where, head) != shard:
         raise ShardError(f"{masked(where)}: changed while it was in use")
-    if len(lines) != shard.samples + 1:
+    _check_count(shard, where, lines)
+    return lines
+
+
+def _check_count(shard: Shard, where: str, lines: list[bytes]) -> None:
+    if len(lines) != shard.samples:
         raise ShardError(
-            f"{masked(where)}: malformed index ({len(lines) - 1} of {shard.samples} samples); delete it to re-index"
+            f"{masked(where)}: malformed index ({len(lines)} of {shard.samples} samples); delete it to re-index"
         )
-    return lines[1:]
 
 
 def parse_sample(shard: Shard, line: bytes) -> Sample:
@@ -330,7 +373,7 @@ def parse_sample(shard: Shard, line: bytes) -> Sample:
         return Sample(str(key), spans)
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ShardError(
-            f"{masked(shard.location)}: malformed index ({error!r}); delete its {SUFFIX} file to re-index"
+            f"{masked(shard.location)}: malformed index ({error!r}); delete its {INDEX_SUFFIX} file to re-index"
         ) from error
 
 
@@ -343,36 +386,54 @@ def _count(value: object) -> int:
 
 def _index_location(location: str, cache: Cache | None) -> str:
     """Where the index of a shard lies: beside it; of a URL, a copy of that in the cache if there is one."""
-    # A URL may end in a query, which is no part of the file's name.
-    path, mark, query = location.partition("?") if is_url(location) else (location, "", "")
-    beside = f"{path}{SUFFIX}{mark}{query}"
+    where = index_beside(location)
     if not is_url(location) or cache is None:
-        return beside
+        return where
     kept = cache.index_of(location)
-    if not kept.is_file():
-        with suppress(FileNotFoundError):  # it has none: one is made for the cache at first sight
-            write_whole(kept, read_file(beside, MAX_INDEX_BYTES))
+    if kept.is_file():
+        return str(kept)
+    try:
+        content = read_file(where, MAX_INDEX_BYTES)
+    except FileNotFoundError:  # it has none: one is made for the cache at first sight
+        return str(kept)
+    head, *lines = content.rstrip(b"\n").split(b"\n")
+    shard = _parse_head(location, where, head)
+    _check_count(shard, where, lines)
+    for line in lines:  # a copy of a malformed one would outlive its repair
+        parse_sample(shard, line)
+    try:
+        write_whole(kept, content)
+    except OSError as error:
+        raise _no_cache(kept.parent, error) from error
     return str(kept)
 
 
-# Indexes of shards in folders that can't be written to: scanning such a shard once is enough.
-_unwritable: dict[str, ShardIndex] = {}
+def _no_cache(folder: Path, error: OSError) -> FetchError:
+    return FetchError(f"{folder}: can't be used as a cache: {error.strerror}")
 
 
-def _first_sight(location: str, cache: Cache | None) -> ShardIndex:
+# Indexes of shards in folders that can't be written to, and the shards' stamps: scanning such a shard once is enough.
+_unwritable: dict[str, tuple[ShardIndex, str]] = {}
+
+
+def _first_sight(location: str, cache: Cache | None, stamp: str) -> ShardIndex:
+    """Make the index of a shard of this stamp, and keep it."""
     if is_url(location) and cache is None:
-        _size(location)
         raise ShardError(
-            f"{masked(location)}: there is no {SUFFIX} file beside it: put one there (python -m data index makes it "
-            "beside a local copy), or set data.cache to a folder, where it is made and kept"
+            f"{masked(location)}: there is no {INDEX_SUFFIX} file beside it: put one there (python -m data index makes "
+            "it beside a local copy), or set data.cache to a folder, where it is made and kept"
         )
     index = build_index(location)
+    kept = None if cache is None or not is_url(location) else cache.index_of(location)
     try:
-        write_index(index, None if cache is None or not is_url(location) else cache.index_of(location))
+        write_index(index, kept)
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno in _READ_ONLY:
+            _unwritable[location] = index, stamp
+        elif kept is not None:
+            raise _no_cache(kept.parent, error) from error
+        else:
             raise
-        _unwritable[location] = index
     return index
 
 
@@ -394,16 +455,15 @@ def _parse_head(location: str, where: str, line: bytes) -> Shard:
         raise ShardError(f"{masked(where)}: malformed index ({error!r}); delete it to re-index") from error
 
 
-def _size(location: str) -> int:
+def _state(location: str) -> tuple[int, str]:
     try:
-        return size_of(location)
+        return state_of(location)
     except FileNotFoundError as error:
         raise ShardError(f"{masked(location)}: no such shard") from error
 
 
-def _check_unchanged(shard: Shard, where: str) -> None:
-    """Refuse a tar that is not the one that was indexed."""
-    size = _size(shard.location)
+def _check_unchanged(shard: Shard, where: str, size: int) -> None:
+    """Refuse a tar, now of ``size`` bytes, that is not the one that was indexed."""
     if size != shard.size:
         raise ShardError(
             f"{masked(shard.location)}: changed since it was indexed: {shard.size} bytes then, {size} now; "
@@ -479,7 +539,7 @@ def _glob(name: str) -> list[str]:
         return [name]
     # Not Path.glob, whose "*" also matches hidden names: half-written files and folders have those.
     hits = glob.glob(name, recursive=True)  # noqa: PTH207
-    shards = [hit for hit in hits if Path(hit).is_file() and not hit.endswith(SUFFIX)]
+    shards = [hit for hit in hits if Path(hit).is_file() and not hit.endswith(INDEX_SUFFIX)]
     if name and Path(name).is_dir():  # the empty path is the working folder
         raise ShardError(f"{name}: a folder; name the shards in it, such as '{name.rstrip('/')}/*.tar'")
     if not shards:

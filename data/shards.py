@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from webdataset import ShardWriter, TarWriter
-
 from data.errors import UserError
 from data.index import ShardIndex, build_index, write_index
 
@@ -64,6 +62,8 @@ class NewShard:
         self.path, self.samples, self.packed = path, 0, 0
         self._aside = path.with_name(f".{path.name}.tmp")
         self._file = self._aside.open("wb")
+        from webdataset import TarWriter  # here, since it imports torch, for which other commands need not wait
+
         self._tar = TarWriter(self._file, **_TAR)
 
     def fits(self, sample: Mapping[str, bytes | str], limit: int) -> bool:
@@ -142,6 +142,8 @@ def write_shards(samples: Iterable[Mapping[str, bytes | str]], pattern_prefix: P
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{prefix}-") as scratch:
         pattern = scratch.replace("%", "%%") + "/%05d.tar"
+        from webdataset import ShardWriter  # as above
+
         with ShardWriter(pattern, maxcount=max_samples, maxsize=math.inf, verbose=0, **_TAR) as writer:
             for sample in _unique(samples):
                 writer.write(sample)

@@ -26,15 +26,14 @@ from data.cache import Cache
 from data.crew import Crew, jobs_of
 from data.decode import METADATA, MODALITIES
 from data.errors import UserError
-from data.fetch import FetchError, is_url, masked, open_binary, size_of
+from data.fetch import FetchError, index_beside, is_url, masked, open_binary, size_of
 from data.index import (
-    SUFFIX,
     Sample,
     ShardIndex,
-    build_index,
     find_shards,
     load_samples,
     load_shard,
+    scan,
     write_whole,
 )
 
@@ -160,14 +159,16 @@ def validate(locations: Sequence[str], require: Sequence[str] = (), decode: bool
     report = Report(shards=len(locations))
     unread: Counter[str] = Counter()
     first_seen: dict[str, str] = {}
-    without_index = 0
+    without_index = outside = 0
     with ExitStack() as stack:
         cache = stack.enter_context(_cache()) if decode and any(map(is_url, locations)) else None
         crew = stack.enter_context(Crew(workers if decode else 0, cache))
         checks = _ahead(check_shard, locations, workers)
-        for index, indexed, findings in tqdm(checks, "shards", len(locations), unit="shard", disable=None):
-            report.findings += findings
-            without_index += not indexed
+        for checked in tqdm(checks, "shards", len(locations), unit="shard", disable=None):
+            index = checked.built
+            report.findings += checked.findings
+            without_index += not checked.indexed
+            outside += checked.outside
             if index is None:
                 report.unusable += 1
                 continue
@@ -177,7 +178,7 @@ def validate(locations: Sequence[str], require: Sequence[str] = (), decode: bool
             unread.update(extension for extension in _extensions(index.samples) if not _is_read(extension))
             if decode:
                 _decode(index, crew, cache, report)
-    report.notes = _notes(len(locations), without_index, unread)
+    report.notes = _notes(len(locations), without_index, outside, unread)
     order = {kind: rank for rank, kind in enumerate(HINTS)}
     report.findings = [
         finding._replace(shard=masked(finding.shard))
@@ -226,11 +227,13 @@ class Checked(NamedTuple):
     Attributes:
         built: its index, made anew; None if the shard can't be used.
         indexed: whether an index lies beside it.
+        outside: how many of its files belong to no sample.
         findings: what is wrong with the shard and the index beside it.
     """
 
     built: ShardIndex | None
     indexed: bool
+    outside: int
     findings: list[Finding]
 
 
@@ -246,10 +249,10 @@ def _decode(index: ShardIndex, crew: Crew, cache: Cache | None, report: Report) 
     jobs = list(jobs_of(index))
     report.decoded += len(jobs)
     results = tqdm(crew.map(jobs), "decode", len(jobs), unit="file", leave=False, disable=None)
+    wrong = [(job, error) for job, error in results if error is not None]
     report.findings += [
         Finding("problem", "decode", index.location, job.key, job.extension, job.offset, error)
-        for job, error in results
-        if error is not None
+        for job, error in sorted(wrong, key=lambda answer: answer[0].offset)  # they come as they are done
     ]
 
 
@@ -257,16 +260,16 @@ def check_shard(location: str) -> Checked:
     """Read a shard's headers, hash it, and compare it with the index beside it. Writes nothing."""
     indexed = True
     try:
-        size_of(location + SUFFIX)
+        size_of(index_beside(location))
     except FileNotFoundError:
         indexed = False
     except (UserError, OSError):  # there is something; reading it will say what is wrong
         pass
     try:
-        index = build_index(location)
+        index, outside = scan(location)
     except (ValueError, OSError) as error:  # ValueError: a UserError, or tarfile's about a malformed header
-        return Checked(None, indexed, _refused(location, error))
-    return Checked(index, indexed, _check_index(index) if indexed else [])
+        return Checked(None, indexed, 0, _refused(location, error))
+    return Checked(index, indexed, outside, _check_index(index) if indexed else [])
 
 
 def _refused(location: str, error: Exception) -> list[Finding]:
@@ -290,7 +293,7 @@ def _refused(location: str, error: Exception) -> list[Finding]:
 def _about(location: str, error: Exception) -> str:
     """An error's message without the shard's name, which has a column of its own."""
     text = str(error)
-    for name in (location, location + SUFFIX, masked(location), masked(location + SUFFIX)):
+    for name in (location, index_beside(location), masked(location), masked(index_beside(location))):
         text = text.removeprefix(f"{name}: ")
     return text or type(error).__name__
 
@@ -393,7 +396,7 @@ def _repeated(index: ShardIndex, first_seen: dict[str, str]) -> list[Finding]:
     return findings
 
 
-def _notes(shards: int, without_index: int, unread: Counter[str]) -> list[str]:
+def _notes(shards: int, without_index: int, outside: int, unread: Counter[str]) -> list[str]:
     """What is no fault, but should be known."""
     notes = []
     if without_index:
@@ -408,6 +411,10 @@ def _notes(shards: int, without_index: int, unread: Counter[str]) -> list[str]:
             f"{dotted.total():,} files that nothing reads have a dot in their extension: {_most(dotted)}; "
             "a name is cut at its first dot"
         )
+    if outside:
+        belong = "file belongs" if outside == 1 else "files belong"
+        why = "hidden, without an extension, or in a folder named like __this__"
+        notes.append(f"{outside:,} {belong} to no sample: {why}")
     return notes
 
 

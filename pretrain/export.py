@@ -19,7 +19,7 @@ if __name__ == "__main__":  # launched by path: the project's root, not this fol
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -38,8 +38,9 @@ from data.batch import Field
 from data.errors import UserError
 from pretrain.checkpoint import load_encoder
 from pretrain.model.encoder import Encoder
-from pretrain.model.layers import LAYER_NORM_EPS, Block, weights_of
+from pretrain.model.layers import LAYER_NORM_EPS
 from pretrain.model.tokenizers import PatchTokenizer
+from pretrain.stock import PAIRS
 
 TOLERANCE = 1e-5
 
@@ -94,7 +95,7 @@ def check_replaceable(folder: Path) -> None:
 
 def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
     """ViTModel, whose linear pooler is an identity: ``pooler_output`` is the class token."""
-    view, config, tokenizer = encoder.views.image, encoder.config, _part(encoder, "tokenizers.image")
+    view, config = encoder.views.image, encoder.config
     side = view.size if view is not None else 0
     model: Any = ViTModel(
         ViTConfig(
@@ -106,9 +107,8 @@ def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> 
             pooler_output_size=config.width,
         )
     )
+    fill(model, encoder, "image")
     with torch.no_grad():
-        _copy_patches(model.embeddings, tokenizer, [model.embeddings.cls_token])
-        _copy_vit_layers(model, encoder, "image")
         model.pooler.dense.weight.copy_(torch.eye(config.width))
         model.pooler.dense.bias.zero_()
     model.save_pretrained(folder)
@@ -119,7 +119,7 @@ def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> 
 
 def export_audio(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
     """ASTModel, whose ``pooler_output`` is the mean of its two prefix tokens."""
-    view, config, tokenizer = encoder.views.audio, encoder.config, _part(encoder, "tokenizers.audio")
+    view, config = encoder.views.audio, encoder.config
     model: Any = ASTModel(
         ASTConfig(
             **_common(encoder),
@@ -130,9 +130,7 @@ def export_audio(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> 
             num_mel_bins=view.mels if view is not None else 0,
         )
     )
-    with torch.no_grad():
-        _copy_patches(model.embeddings, tokenizer, [model.embeddings.cls_token, model.embeddings.distillation_token])
-        _copy_vit_layers(model, encoder, "audio")
+    fill(model, encoder, "audio")
     model.save_pretrained(folder)
     if view is not None:
         ASTFeatureExtractor(
@@ -155,23 +153,18 @@ def export_text(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Pa
             eos_token_id=tokenizer.sep_token_id,
         )
     )
+    fill(model, encoder, "text")
     with torch.no_grad():
-        model.embeddings.word_embeddings.weight.copy_(source.embed.weight)
-        model.embeddings.position_embeddings.weight.copy_(source.positions.weight)
         model.embeddings.token_type_embeddings.weight.zero_()
-        _copy(model.embeddings.LayerNorm, source.norm)
-        for layer, (attention, feed_forward) in zip(model.encoder.layer, _blocks(encoder, "text"), strict=True):
-            stock = layer.attention.self
-            _copy_qkv([stock.query, stock.key, stock.value], attention)
-            _copy(layer.attention.output.dense, attention.out)
-            _copy(layer.attention.LayerNorm, attention.norm)
-            _copy(layer.intermediate.LayerNorm, feed_forward.norm)
-            _copy(layer.intermediate.dense, feed_forward.fc1)
-            _copy(layer.output.dense, feed_forward.fc2)
-        _copy(model.LayerNorm, weights_of(encoder.norm, "text"))
-        _copy(model.pooler.dense, _part(encoder, "heads.text").dense)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder, positions - encoder.vocabulary.pad_id - 1)
+
+
+def fill(model: Any, encoder: Encoder, modality: str) -> None:
+    """Copy the encoder's numbers into a stock model."""
+    with torch.no_grad():
+        for pair in PAIRS[modality](encoder, model):
+            pair.stock.copy_(pair.ours.view_as(pair.stock))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
@@ -248,49 +241,6 @@ def _common(encoder: Encoder) -> dict[str, Any]:
 
 def _part(encoder: Encoder, name: str) -> Any:
     return encoder.get_submodule(name)
-
-
-def _blocks(encoder: Encoder, modality: str) -> list[tuple[Any, Any]]:
-    """Attention and feed-forward weights that a modality uses, layer by layer."""
-    return [
-        (weights_of(block.attention, modality), weights_of(block.feed_forward, modality))
-        for block in encoder.blocks
-        if isinstance(block, Block)
-    ]
-
-
-def _copy(target: nn.Module, source: nn.Module) -> None:
-    target.load_state_dict(source.state_dict())
-
-
-def _copy_patches(embeddings: Any, tokenizer: Any, prefix: list[Tensor]) -> None:
-    """Our linear patch embedding is the stock convolution with its kernel laid out flat."""
-    convolution = embeddings.patch_embeddings.projection
-    convolution.weight.copy_(tokenizer.embed.weight.view_as(convolution.weight))
-    convolution.bias.copy_(tokenizer.embed.bias)
-    embeddings.position_embeddings.copy_(tokenizer.positions[None])
-    for token, ours in zip(prefix, tokenizer.prefix, strict=True):
-        token.copy_(ours.view_as(token))
-
-
-def _copy_vit_layers(model: Any, encoder: Encoder, modality: str) -> None:
-    """ViT and AST name the parts of their layers alike."""
-    for layer, (attention, feed_forward) in zip(model.layers, _blocks(encoder, modality), strict=True):
-        stock = layer.attention
-        _copy_qkv([stock.q_proj, stock.k_proj, stock.v_proj], attention)
-        _copy(stock.o_proj, attention.out)
-        _copy(layer.layernorm_before, attention.norm)
-        _copy(layer.layernorm_after, feed_forward.norm)
-        _copy(layer.mlp.fc1, feed_forward.fc1)
-        _copy(layer.mlp.fc2, feed_forward.fc2)
-    _copy(model.layernorm, weights_of(encoder.norm, modality))
-
-
-def _copy_qkv(projections: list[nn.Linear], attention: Any) -> None:
-    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
-    for projection, weight, bias in zip(projections, weights, biases, strict=True):
-        projection.weight.copy_(weight)
-        projection.bias.copy_(bias)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

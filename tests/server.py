@@ -1,4 +1,7 @@
-"""A web server on the loopback that can be as bad as those on the internet, and what it serves."""
+"""A web server on the loopback that can be as bad as those on the internet, and what it serves.
+
+The last functions are fixtures that test files give a name of their own: ``server = pytest.fixture(run_server)``.
+"""
 
 import contextlib
 import hashlib
@@ -11,6 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
+import pytest
+
+import data.fetch
+
 A = bytes(range(256)) * 400  # 102,400 bytes
 B = A[::-1]
 
@@ -19,6 +27,7 @@ class Shard(NamedTuple):
     location: str
     size: int
     sha256: str
+    stamp: str = ""
 
 
 def shard(location: str | Path, content: bytes = A) -> Shard:
@@ -35,6 +44,7 @@ class Server:
     cuts: int = 0  # so many answers end in the middle
     ranges: bool = True
     lengths: bool = True
+    etags: bool = False
     pause: float = 0.0  # seconds between the quarters of a body
     log: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     encodings: set[str | None] = field(default_factory=set)  # that were accepted
@@ -78,6 +88,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         else:
             self.close_connection = True
+        if state.etags:
+            self.send_header("ETag", f'"{hashlib.sha256(state.files[path]).hexdigest()}"')
         self.send_header("Content-Type", "text/html" if path.endswith("/") else "application/octet-stream")
         self.end_headers()
         if body:
@@ -119,3 +131,25 @@ def serve() -> Iterator[Server]:
         finally:
             http.shutdown()
             thread.join()
+
+
+def run_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that no proxy stands before."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve() as running:
+        yield running
+
+
+def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were slept between attempts, in no time."""
+    seconds: list[float] = []
+    monkeypatch.setattr(data.fetch, "sleep", seconds.append)
+    return seconds
+
+
+def empty_memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """What lies behind ``memory://``."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()

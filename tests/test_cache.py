@@ -1,47 +1,28 @@
 import contextlib
 import gc
+import hashlib
 import multiprocessing
 import os
 import pickle
 import resource
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 import data.cache
-import data.fetch
 from data.cache import Cache, Reader, Stored
-from data.fetch import FetchError, MissingError
-from tests.server import A, B, Server, Shard, serve, shard
+from data.fetch import FetchError, MissingError, state_of
+from tests.server import A, B, Server, Shard, empty_memory, run_server, shard, skip_waits
 
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were slept between attempts, in no time."""
-    seconds: list[float] = []
-    monkeypatch.setattr(data.fetch, "sleep", seconds.append)
-    return seconds
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    yield fs
-    fs.store.clear()
+server = pytest.fixture(run_server)
+waits = pytest.fixture(autouse=True)(skip_waits)
+memory = pytest.fixture(empty_memory)
 
 
 # --- Reader
@@ -84,6 +65,89 @@ def test_a_changed_shard_is_refused(tmp_path: Path, server: Server) -> None:
     path.write_bytes(A[:100])
     with pytest.raises(FetchError, match=r"changed since it was indexed: it ends at byte 100"):
         reader.read(shard(path), 90, 20)
+
+
+@pytest.mark.parametrize("kind", ["local", "http", "memory"])
+def test_a_shard_replaced_by_one_of_its_size_is_refused(
+    tmp_path: Path, server: Server, memory: fsspec.AbstractFileSystem, kind: str
+) -> None:
+    path = tmp_path / "a.tar"
+    server.etags = True
+
+    def put(content: bytes) -> None:
+        time.sleep(0.02)  # the clock of a file system is coarse
+        path.write_bytes(content)
+        server.files["/a.tar"] = content
+        memory.pipe_file("/a.tar", content)
+
+    put(A)
+    location = {"local": str(path), "http": f"{server.url}/a.tar", "memory": "memory://a.tar"}[kind]
+    one = shard(location)._replace(stamp=state_of(location)[1])
+    assert Reader().read(one, 3, 9) == A[3:12]
+    put(B)
+    changed = rf"a\.tar: changed since it was indexed: sha256 {one.sha256} then, {shard('', B).sha256} now"
+    reader = Reader()
+    for _ in range(2):  # a refusal is not forgotten
+        with pytest.raises(FetchError, match=changed):
+            reader.read(one, 3, 9)
+    assert Reader().read(one._replace(stamp=""), 3, 9) == B[3:12], "nothing tells"
+    assert Reader().read(shard(location, B)._replace(stamp=state_of(location)[1]), 3, 9) == B[3:12]
+    put(A)
+    assert reader.read(one, 3, 9) == A[3:12], "written anew with the same content"
+
+
+def test_a_touched_shard_is_hashed_once_and_an_untouched_one_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[None] = []
+    file_digest = hashlib.file_digest
+
+    def counted(*args: Any) -> Any:
+        hashed.append(None)
+        return file_digest(*args)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    paths = [tmp_path / f"{name}.tar" for name in "ab"]
+    for path in paths:
+        path.write_bytes(A)
+    shards = [shard(path)._replace(stamp=state_of(str(path))[1]) for path in paths]
+    for touched in (False, True):
+        reader = Reader(max_open=1)  # so that each read opens its file anew
+        for each in shards * 3:
+            assert reader.read(each, 3, 9) == A[3:12]
+        assert len(hashed) == touched
+        os.utime(paths[0], (5, 5))
+
+
+def test_several_spans_come_in_their_order(tmp_path: Path, server: Server, memory: fsspec.AbstractFileSystem) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(A)
+    server.files["/a.tar"] = A
+    memory.pipe_file("/a.tar", A)
+    end = len(A)
+    spans = [(700, 300), (0, 1), (700, 300), (end - 5, 5), (end, 0), (690, 20)]
+    locations = [str(path), f"{server.url}/a.tar", "memory://a.tar"]
+    for location in locations:
+        for cache in (None, Cache(tmp_path / "cache", 10**6)):
+            reader = Reader(cache)
+            assert reader.read_spans(shard(location), spans) == [A[start : start + size] for start, size in spans]
+            assert reader.read_spans(shard(location), []) == []
+            for bad in ((end - 3, 4), (-1, 1), (0, -1), (end + 1, 0)):
+                says = rf"a\.tar: bytes {bad[0]} to {sum(bad)} are not within its {end}"
+                with pytest.raises(FetchError, match=says):
+                    reader.read_spans(shard(location), [(0, 1), bad])
+
+
+def test_a_shard_that_gets_shorter_while_it_is_open_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(A)
+    reader = Reader()
+    assert reader.read_spans(shard(path), [(0, 9)]) == [A[:9]]
+    os.truncate(path, 1000)
+    assert reader.read_spans(shard(path), [(0, 9), (990, 10)]) == [A[:9], A[990:1000]]
+    for span, end in (((990, 11), 1000), ((2000, 5), 2000)):
+        with pytest.raises(FetchError, match=rf"a\.tar: changed since it was indexed: it ends at byte {end}"):
+            reader.read_spans(shard(path), [(0, 9), span])
 
 
 @pytest.mark.parametrize(
@@ -318,6 +382,14 @@ def test_where_indexes_are_kept(tmp_path: Path) -> None:
     assert cache.index_of("s3://b/a.tar").parent == tmp_path
     assert cache.index_of("s3://b/a.tar") == cache.index_of("s3://b/a.tar")
     assert cache.index_of("s3://b/a.tar") != cache.index_of("s3://c/a.tar")
+
+
+def test_a_url_that_is_signed_anew_keeps_its_index(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1)
+    one, other = (cache.index_of(f"https://h/a.tar?Signature={i}") for i in range(2))
+    assert one == other == cache.index_of("https://h/a.tar") != cache.index_of("https://h/b.tar?Signature=0")
+    for named_by_query in ("https://h/get?file=", "s3://b/a.tar?"):
+        assert cache.index_of(f"{named_by_query}0.tar") != cache.index_of(f"{named_by_query}1.tar")
 
 
 def test_a_folder_that_cannot_be_one(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:

@@ -3,15 +3,17 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from fsspec.spec import AbstractBufferedFile
 
 from data import fetch
 from data.errors import UserError
@@ -21,38 +23,21 @@ from data.fetch import (
     check_url,
     download,
     expand,
+    index_beside,
     is_url,
     masked,
     open_binary,
     read_file,
+    read_first_line,
     read_range,
     size_of,
-    told_size,
+    told,
 )
-from tests.server import A, Server, serve
+from tests.server import A, Server, empty_memory, run_server, skip_waits
 
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were slept between attempts, in no time."""
-    seconds: list[float] = []
-    monkeypatch.setattr(fetch, "sleep", seconds.append)
-    return seconds
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    yield fs
-    fs.store.clear()
+server = pytest.fixture(run_server)
+waits = pytest.fixture(autouse=True)(skip_waits)
+memory = pytest.fixture(empty_memory)
 
 
 # --- URLs
@@ -89,7 +74,8 @@ def test_check_url_refuses(url: str, says: str) -> None:
             open_binary,
             size_of,
             lambda url: read_file(url, 1),
-            told_size,
+            lambda url: read_first_line(url, 1),
+            told,
             lambda url: read_range(url, 0, 1, 9),
             lambda url: download(url, 9, BytesIO(), "folder"),
         ):
@@ -111,6 +97,20 @@ def test_a_revision_or_container_is_no_credential() -> None:
     )
     assert masked("https://host/x.tar?X-Signature=secret") == "https://host/x.tar?***"
     assert masked("s3://bucket/x-?.tar") == "s3://bucket/x-?.tar"
+
+
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("x/a.tar", "x/a.tar.index.jsonl"),
+        ("x/a?b.tar", "x/a?b.tar.index.jsonl"),
+        ("s3://bucket/a?b.tar", "s3://bucket/a?b.tar.index.jsonl"),
+        ("https://host/a.tar", "https://host/a.tar.index.jsonl"),
+        ("http://host/a.tar?sig=x/y?z", "http://host/a.tar.index.jsonl?sig=x/y?z"),
+    ],
+)
+def test_where_the_index_of_a_shard_lies(shard: str, index: str) -> None:
+    assert index_beside(shard) == index
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +237,68 @@ def test_the_whole_of_a_remote_file_crosses_the_network_once(server: Server) -> 
         file.seek(0)
         assert file.read() == A
     assert server.gets("/a.tar") == [None]
+
+
+def test_of_a_first_line_little_more_is_read(server: Server, memory: fsspec.AbstractFileSystem) -> None:
+    long = b"x" * 70_000
+    files = {
+        "/short": b"{}\n" + A * 100,
+        "/long": long + b"\n" + A,
+        "/only": b"{}",
+        "/none": b"",
+        "/edge": b"x" * 65_536,
+    }
+    server.files = files
+    for name, content in files.items():
+        memory.pipe_file(name, content)
+    for ranges in (True, False):
+        server.ranges = ranges
+        for name, content in files.items():
+            for url in (f"{server.url}{name}", f"memory:/{name}"):
+                assert read_first_line(url, 10**6) == content.partition(b"\n")[0]
+    assert server.gets("/short") == ["bytes=0-65535"] * 2
+    assert server.gets("/long") == ["bytes=0-65535", None] * 2
+    assert server.encodings == {"identity"}, "ranges of a compressed file are other bytes"
+    for url in (f"{server.url}/long", "memory://long"):
+        with pytest.raises(FetchError, match=r"/long: larger than 80000 bytes"):
+            read_first_line(url, 80_000)
+        with pytest.raises(FileNotFoundError, match=r"/long.absent: no such file"):
+            read_first_line(f"{url}.absent", 9)
+
+
+class RangedFile(AbstractBufferedFile):  # type: ignore[misc]
+    """A file like those of S3 and its kind: each read is a request for a range."""
+
+    asked: ClassVar[list[tuple[int, int]]] = []
+
+    def _fetch_range(self, start: int, end: int) -> Any:
+        self.asked.append((start, end))
+        return self.fs.store[self.path].getvalue()[start:end]
+
+
+def test_no_more_of_a_store_is_asked_for_than_the_start(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/a", b"{}\n" + A * 100)
+    monkeypatch.setattr(memory, "_open", partial(RangedFile, memory))
+    assert read_first_line("memory://a", 10**9) == b"{}"
+    assert RangedFile.asked == [(0, 65_536)]
+
+
+def test_what_is_told_of_a_url(server: Server, memory: fsspec.AbstractFileSystem) -> None:
+    server.files["/a"] = A
+    memory.pipe_file("/a", A)
+    assert told(f"{server.url}/a") == (len(A), "")
+    assert len(server.log) == 1
+    server.etags = True
+    first = told(f"{server.url}/a"), told("memory://a")
+    assert first == (told(f"{server.url}/a"), told("memory://a"))
+    server.files["/a"] = A[::-1]
+    memory.pipe_file("/a", A[::-1])
+    for url, before in zip((f"{server.url}/a", "memory://a"), first, strict=True):
+        assert before.size == told(url).size == len(A)
+        assert before.stamp != told(url).stamp
+        assert before.stamp
 
 
 def test_only_404_is_missing(server: Server) -> None:

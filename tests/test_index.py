@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ import pytest
 import webdataset
 
 import data.index
-from data.cache import Cache
+from data.cache import Cache, Reader
 from data.fetch import FetchError
 from data.index import (
     Sample,
@@ -32,10 +33,13 @@ from data.index import (
     load_shard,
     load_shards,
     parse_sample,
+    scan,
     verify,
     write_index,
 )
-from tests.server import Server, serve
+from tests.server import Server, run_server
+
+server = pytest.fixture(run_server)
 
 MEMBERS = [
     ("a/000.png", b"\x89PNG" + bytes(range(256)) * 3),
@@ -573,13 +577,6 @@ def bucket(tmp_path: Path) -> Iterator[str]:
         fs.rm(url, recursive=True)
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve() as running:
-        yield running
-
-
 def upload(path: Path, url: str) -> str:
     fsspec.filesystem("memory").pipe_file(url, path.read_bytes())
     return url
@@ -823,6 +820,154 @@ def test_many_remote_shards_are_indexed_at_once_and_in_order(tmp_path: Path, buc
     assert load_samples(shards[7], cache)[7].key == "7-7"
     files = [path for path in cache.folder.iterdir() if path.is_file()]
     assert sorted(files) == sorted(map(cache.index_of, urls))
+
+
+def with_another_text(content: bytes) -> bytes:
+    assert content.count(b"a cat") == 1
+    return content.replace(b"a cat", b"a dog")
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_replaced_after_the_start_is_refused_where_it_is_read(tar: Path, tmp_path: Path, indexed: bool) -> None:
+    if indexed:
+        write_index(build_index(tar))
+    shard = load_shard(tar)
+    place = load_samples(shard)[0].members["txt"]
+    copy = pickle.loads(pickle.dumps(shard))  # noqa: S301  (as workers get it)
+    assert Reader().read(copy, *place) == b"a cat"
+    time.sleep(0.02)  # the clock of a file system is coarse
+    (tmp_path / "new").write_bytes(with_another_text(tar.read_bytes()))
+    os.utime(tmp_path / "new", (0, 0))  # as rsync -t does
+    (tmp_path / "new").replace(tar)
+    for each in (shard, copy):
+        with pytest.raises(FetchError, match=r"train-00000\.tar: changed since it was indexed: sha256"):
+            Reader().read(each, *place)
+
+
+def test_a_shard_replaced_in_a_read_only_folder_is_refused_and_then_scanned_again(
+    tar: Path, monkeypatch: pytest.MonkeyPatch, scans: list[str]
+) -> None:
+    content = with_another_text(tar.read_bytes())
+    with monkeypatch.context() as patch:
+        refuse_to_write(patch, errno.EROFS)
+        shard = load_shard(tar)
+        assert load_shard(tar) == shard
+        patch.undo()
+    place = build_index(tar).samples[0].members["txt"]
+    time.sleep(0.02)
+    tar.write_bytes(content)
+    with pytest.raises(FetchError, match=r"train-00000\.tar: changed since it was indexed"):
+        Reader().read(shard, *place)
+    refuse_to_write(monkeypatch, errno.EROFS)
+    again = load_shard(tar)
+    assert again == build_index(tar).shard != shard
+    assert Reader().read(again, *place) == b"a dog"
+
+
+@pytest.mark.parametrize("kind", ["memory", "http"])
+def test_a_url_replaced_after_the_start_is_refused_where_its_store_tells(
+    tar: Path, server: Server, bucket: str, tmp_path: Path, kind: str
+) -> None:
+    write_index(build_index(tar))
+    server.etags = True
+    url = {"memory": f"{bucket}/a.tar", "http": f"{server.url}/a.tar"}[kind]
+
+    def put() -> None:
+        server.files |= {"/a.tar": tar.read_bytes(), "/a.tar.index.jsonl": index_path(tar).read_bytes()}
+        upload(tar, f"{bucket}/a.tar")
+        upload(index_path(tar), f"{bucket}/a.tar.index.jsonl")
+
+    put()
+    shard = load_shard(url)
+    place = load_samples(shard)[0].members["txt"]
+    assert Reader().read(shard, *place) == b"a cat"
+    content = tar.read_bytes()
+    tar.write_bytes(with_another_text(content))
+    put()
+    for reader in (Reader(), Reader(Cache(tmp_path / "cache", 10**6))):
+        with pytest.raises(FetchError, match=r"/a\.tar: changed since it was indexed: sha256"):
+            reader.read(shard, *place)
+    tar.write_bytes(content)
+    put()
+    assert Reader().read(shard, *place) == b"a cat", "written anew, but the same"
+
+
+def test_shards_are_equal_whenever_they_were_seen(tar: Path) -> None:
+    shard = load_shard(tar)
+    os.utime(tar)
+    later = load_shard(tar)
+    assert later.stamp != shard.stamp
+    assert later == shard
+    assert not later != shard  # noqa: SIM202  (a tuple has an operator for it)
+    assert hash(later) == hash(shard)
+    assert len(load_lines(shard)) == len(load_lines(later)) == 3
+    others = [shard._replace(location="x"), shard._replace(size=1), shard._replace(sha256="x")]
+    for other in (*others, shard._replace(samples=9), shard._replace(members={"txt": 3})):
+        assert other != shard
+    assert shard != tuple(shard)
+
+
+def test_of_a_remote_index_only_the_start_is_read_at_first(tmp_path: Path, server: Server) -> None:
+    tar = write_tar(tmp_path / "a.tar", [(f"{i:06}.txt", b"") for i in range(3000)])
+    write_index(build_index(tar))
+    server.files = {"/a.tar": tar.read_bytes(), "/a.tar.index.jsonl": index_path(tar).read_bytes()}
+    assert len(server.files["/a.tar.index.jsonl"]) > 65_536
+    shard = load_shard(f"{server.url}/a.tar")
+    assert shard.samples == 3000
+    assert server.gets("/a.tar.index.jsonl") == ["bytes=0-65535"]
+    assert len(load_samples(shard)) == 3000
+
+
+def test_the_index_of_a_url_signed_anew_is_found_in_the_cache(tar: Path, server: Server, tmp_path: Path) -> None:
+    server.files = {"/a.tar": tar.read_bytes()}
+    cache = Cache(tmp_path / "cache", 10**6)
+    for signature in "ab":
+        assert load_shard(f"{server.url}/a.tar?Signature={signature}", cache).samples == 3
+    assert len(server.gets("/a.tar?Signature=a")) == 1
+    assert server.gets("/a.tar?Signature=b") == []
+
+
+@pytest.mark.parametrize(("line", "content"), [(0, b"{}"), (2, None), (2, b"no JSON")])
+def test_a_malformed_remote_index_is_not_copied_into_the_cache(
+    tar: Path, bucket: str, tmp_path: Path, line: int, content: bytes | None
+) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    damage(tar, line, content)
+    upload(index_path(tar), f"{url}.index.jsonl")
+    cache = Cache(tmp_path / "cache", 10**6)
+    with pytest.raises(ShardError, match="malformed index"):
+        load_shard(url, cache)
+    assert [path.name for path in cache.folder.iterdir()] == ["locks"]
+
+    write_index(build_index(tar))  # mended
+    upload(index_path(tar), f"{url}.index.jsonl")
+    assert load_index(url, cache).samples == build_index(tar).samples
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_cache_that_takes_no_index_is_named(
+    tar: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    url = upload(tar, f"{bucket}/a.tar")
+    if indexed:
+        write_index(build_index(tar))
+        upload(index_path(tar), f"{url}.index.jsonl")
+    cache = Cache(tmp_path / "cache", 10**6)
+    refuse_to_write(monkeypatch, errno.ENOSPC)
+    with pytest.raises(FetchError, match=rf"^{cache.folder}: can't be used as a cache: No space left on device$"):
+        load_shard(url, cache)
+
+
+def test_files_that_belong_to_no_sample_are_counted(tmp_path: Path) -> None:
+    names = ["a/0.txt", ".hidden", "a/README", "__meta__/x.json", "a/1.txt", "a/.1.txt"]
+    tar = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    with tarfile.open(tar, "a") as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    index, outside = scan(tar)
+    assert [sample.key for sample in index.samples] == ["a/0", "a/1"]
+    assert outside == 4
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import soundfile
 from PIL import Image
 
 from data import crew as crew_module
+from data import validate as validate_module
 from data.cache import Reader
 from data.crew import Crew, CrewError, Job
 from data.errors import UserError
@@ -30,6 +32,9 @@ from data.validate import (
     run,
     validate,
 )
+from tests.server import Server, run_server
+
+server = pytest.fixture(run_server)
 
 
 def members(number: int, modalities: str = "ita") -> dict[str, bytes]:
@@ -223,6 +228,38 @@ def test_remote_shards(tmp_path: Path) -> None:
     assert (report.samples, report.decoded) == (6, 18)
 
 
+def test_the_index_beside_a_signed_url_is_looked_at(tmp_path: Path, server: Server) -> None:
+    shard = write_samples(tmp_path / "a.tar", 2, "t")
+    write_index(build_index(shard))
+    url = f"{server.url}/a.tar?Signature=secret"
+    server.files = {"/a.tar": Path(shard).read_bytes(), "/a.tar.index.jsonl": index_path(shard).read_bytes()}
+    report = validate([url])
+    assert (report.findings, report.notes) == ([], [])
+    server.files["/a.tar.index.jsonl"] = b"{}"
+    [finding] = validate([url]).findings
+    assert (finding.kind, finding.shard) == ("index", f"{server.url}/a.tar?***")
+    assert finding.what.startswith("stale or damaged index: malformed index")
+    del server.files["/a.tar.index.jsonl"]
+    report = validate([url])
+    assert report.findings == []
+    assert report.notes[0].startswith("1 of 1 shards have no index")
+
+
+def answer_late(reader: Reader, job: Job) -> str | None:
+    """Finds something in every member, and the later the earlier it lies."""
+    time.sleep(0.1 if int(job.key[1:]) < crew_module._CHUNK else 0)
+    return f"seen {job.key}"
+
+
+def test_findings_come_in_the_order_of_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "_CHUNK", 2)
+    monkeypatch.setattr(validate_module, "Crew", partial(Crew, decode=answer_late))
+    names = [f"k{number}" for number in range(8)]
+    shards = [write_tar(tmp_path / f"{name}.tar", [(f"{key}.txt", b"x") for key in names]) for name in "ab"]
+    findings = [finding for finding in validate(shards, decode=True, workers=2).findings if finding.kind == "decode"]
+    assert [(finding.shard, finding.key) for finding in findings] == [(shard, key) for shard in shards for key in names]
+
+
 def hang_or_crash(reader: Reader, job: Job) -> str | None:
     """What a broken decoding library might do."""
     if job.key == "crash":
@@ -280,10 +317,22 @@ def test_keys_in_several_shards_are_a_warning(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_files_that_nothing_reads_are_counted(tmp_path: Path) -> None:
-    files = [("0.txt", b"x"), ("0.pkl", b""), ("1.pkl", b""), ("1.pth", b""), ("a.b.jpg", b""), ("a.c.jpg", b"")]
+    files = [
+        ("README", b""),
+        ("0.txt", b"x"),
+        ("0.pkl", b""),
+        ("1.pkl", b""),
+        ("1.pth", b""),
+        ("a.b.jpg", b""),
+        ("a.c.jpg", b""),
+    ]
     report = validate([write_tar(tmp_path / "x.tar", files)], decode=True)
     assert report.notes[1] == "3 files that nothing reads: .pkl 2, .pth 1"
     assert report.notes[2].startswith("2 files that nothing reads have a dot in their extension: .b.jpg 1, .c.jpg 1")
+    assert (
+        report.notes[3]
+        == "1 file belongs to no sample: hidden, without an extension, or in a folder named like __this__"
+    )
     assert report.decoded == 1
     [empty] = report.findings
     assert (empty.level, empty.key) == ("problem", "1")
