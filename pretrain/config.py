@@ -93,6 +93,9 @@ class Config:
     """Text to tokens."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The encoder."""
+    init_from: dict[str, str] = field(default_factory=dict)
+    """Modality -> a ViTModel (image), RobertaPreLayerNormModel (text) or ASTModel (audio) with whose weights its stream
+    begins: a folder, such as an export, or a hub id."""
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     """The losses."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -28,6 +28,7 @@ from data.transforms import OnDevice
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import find_last, load_checkpoint, save_checkpoint
 from pretrain.config import Config, ConfigError, TrainConfig, to_yaml
+from pretrain.initial import load_initial
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
 from pretrain.progress import Progress
@@ -73,6 +74,8 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
 
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
+    if resumed_from is None:
+        load_initial(encoder, config.init_from)
     encoder.recompute = config.train.recompute
     if config.train.compile:
         encoder.compile_blocks()

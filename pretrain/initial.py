@@ -1,0 +1,148 @@
+"""Start from trained models: per modality a stock `transformers` checkpoint, such as one of our exports.
+
+LayerNorm's epsilon stays ours, 1e-6; stock ones are 1e-12 to 1e-5, which changes features in the sixth digit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel
+
+from data.errors import UserError
+from pretrain.model.encoder import Encoder
+from pretrain.stock import PAIRS, POSITIONS
+
+# The type of model that each stream starts from, and its keys that must be those of the encoder.
+TYPES = {"image": "vit", "text": "roberta-prelayernorm", "audio": "audio-spectrogram-transformer"}
+
+
+class InitialError(UserError):
+    """A model from which the encoder can't start; names it and what does not fit."""
+
+
+def load_initial(encoder: Encoder, given: Mapping[str, str]) -> None:
+    """Copy the weights of stock models into an encoder, all or none; say how many tensors they were.
+
+    Positions are fitted to the encoder's sizes: those of an image are interpolated (bicubic, as ViT does for other
+    resolutions), those of a spectrogram are cut where theirs has as many frames or more, and those of text are cut.
+
+    Args:
+        encoder: random so far.
+        given: modality -> folder or hub id of a ViTModel, RobertaPreLayerNormModel or ASTModel in safetensors.
+
+    Raises:
+        InitialError: another kind of model, other sizes, weights that are missing, or several modalities for one set
+            of blocks.
+    """
+    if unknown := set(given) - set(encoder.views.used):
+        raise InitialError(f"init_from.{min(unknown)}: allowed are {', '.join(encoder.views.used)}")
+    if len(given) > 1 and encoder.config.sharing != "none":
+        raise InitialError(
+            f"init_from names {', '.join(given)}, which would overwrite each other: with "
+            f"model.sharing={encoder.config.sharing} they share blocks. Name one, or set model.sharing=none"
+        )
+    copies: list[tuple[Tensor, Tensor]] = []
+    for modality, name in given.items():
+        found = _copies(encoder, modality, name)
+        print(f"initial   {modality} from {name}: loaded {len(found)}/{len(found)} tensors")
+        copies += found
+    with torch.no_grad():
+        for ours, theirs in copies:
+            ours.copy_(theirs)
+
+
+def _copies(encoder: Encoder, modality: str, name: str) -> list[tuple[Tensor, Tensor]]:
+    """The encoder's tensors, and what they shall be."""
+    model, missing = _stock(modality, name)
+    _check_sizes(encoder, modality, name, model.config)
+    stock_names = {id(parameter): key for key, parameter in model.named_parameters()}
+    copies, bad = [], []
+    for pair in PAIRS[modality](encoder, model):
+        theirs = pair.stock
+        # A part of a tensor that was loaded is loaded.
+        if stock_names.get(id(theirs if theirs._base is None else theirs._base)) in missing:
+            bad.append(f"{pair.name}: not in the file")
+            continue
+        if pair.name == POSITIONS.format(modality):
+            theirs = _positions(encoder, modality, name, model, theirs)
+        if theirs.numel() != pair.ours.numel():
+            bad.append(f"{pair.name}: {tuple(theirs.shape)} there, {tuple(pair.ours.shape)} here")
+            continue
+        copies.append((pair.ours, theirs.reshape(pair.ours.shape)))
+    if bad:
+        listed = "\n  ".join(bad[:10] + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else []))
+        raise InitialError(
+            f"init_from.{modality}={name}: {len(copies)}/{len(copies) + len(bad)} tensors fit:\n  {listed}"
+        )
+    return copies
+
+
+def _stock(modality: str, name: str) -> tuple[Any, set[str]]:
+    """The stock model, and the names of parameters that its file lacks."""
+    try:
+        model, info = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InitialError(f"init_from.{modality}={name}: {error}") from error
+    if model.config.model_type != TYPES[modality]:
+        raise InitialError(
+            f"init_from.{modality}={name}: a model of type {model.config.model_type}; {TYPES[modality]} is needed"
+        )
+    return model.eval(), set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+
+
+def _check_sizes(encoder: Encoder, modality: str, name: str, config: Any) -> None:
+    model = encoder.config
+    wanted: dict[str, tuple[str, object]] = {
+        "hidden_size": ("model.width", model.width),
+        "num_hidden_layers": ("model.depth", model.depth),
+        "num_attention_heads": ("model.heads", model.heads),
+        "intermediate_size": ("model.width * model.mlp_ratio", int(model.width * model.mlp_ratio)),
+        "hidden_act": ("the activation", "gelu"),
+    }
+    if modality != "text":
+        wanted["patch_size"] = (f"model.{modality}_patch", getattr(model, f"{modality}_patch"))
+    else:
+        wanted["vocab_size"] = ("the tokenizer's vocabulary (tokenizer.name)", encoder.vocabulary.size)
+        wanted["pad_token_id"] = ("the tokenizer's padding id", encoder.vocabulary.pad_id)
+    for key, (ours, value) in wanted.items():
+        if getattr(config, key) != value:
+            raise InitialError(
+                f"init_from.{modality}={name}: {key} is {getattr(config, key)} there, and {ours} is {value} here"
+            )
+
+
+def _positions(encoder: Encoder, modality: str, name: str, model: Any, theirs: Tensor) -> Tensor:
+    """Their positions for our sizes."""
+    tokenizer: Any = encoder.get_submodule(f"tokenizers.{modality}")
+    config = model.config
+    if modality == "text":
+        needed = tokenizer.positions.num_embeddings
+        if len(theirs) < needed:
+            raise InitialError(
+                f"init_from.text={name}: has positions for {len(theirs) - encoder.vocabulary.pad_id - 1} tokens, "
+                f"data.views.text.max_tokens={tokenizer.max_tokens}"
+            )
+        # The stock class adds the embedding of the first type of token to all of them.
+        first: Tensor = model.embeddings.token_type_embeddings.weight[0]
+        return theirs[:needed] + first
+    prefix, patches = theirs[: tokenizer.prefix_tokens], theirs[tokenizer.prefix_tokens :]
+    if modality == "image":
+        side = config.image_size // config.patch_size
+        grid = patches.view(side, side, -1)
+    else:
+        rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        grid = patches.view(rows, len(patches) // rows, -1)
+        if config.time_stride == config.patch_size and grid.shape[1] >= tokenizer.grid[1]:
+            grid = grid[:, : tokenizer.grid[1]]
+    return torch.cat([prefix, resize_grid(grid, tokenizer.grid).flatten(0, 1)])
+
+
+def resize_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Positions (rows, columns, D) interpolated to another grid (Dosovitskiy et al. 2021, section 3.2)."""
+    if grid.shape[:2] == size:
+        return grid
+    smaller = size[0] < grid.shape[0] or size[1] < grid.shape[1]  # only then is there something to smooth
+    return F.interpolate(grid.permute(2, 0, 1)[None], size, mode="bicubic", antialias=smaller)[0].permute(1, 2, 0)
