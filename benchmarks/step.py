@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import FlavaConfig, FlavaForPreTraining
 
-from benchmarks.peers import open_clip
+from benchmarks.peers import MissingPeerError, open_clip
 from data.batch import Batch, Field
 from data.transforms import ImageView, TextView, Views
 from objectives.contrastive import ContrastiveConfig
@@ -206,4 +206,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MissingPeerError as error:
+        sys.exit(f"error: {error}")

@@ -26,12 +26,14 @@ class Row(NamedTuple):
         values: modality -> decoded member.
         random: random numbers for the worker's half of the augmentation; None for none.
         seed: for the device's half.
+        group: number of the sample's group; below 0 for none, None where nothing is grouped.
     """
 
     key: str
     values: dict[str, Any]
     random: np.random.Generator | None = None
     seed: int | None = None
+    group: int | None = None
 
 
 def collate(
@@ -40,7 +42,7 @@ def collate(
     """A batch of ``size`` rows: values are written where the batch has them, of each modality only what is there."""
     used, rooms = views.used, dict[str, Any]()
     present: dict[str, list[int]] = {name: [] for name in used}
-    keys, seeds = [], []
+    keys, seeds, groups = [], [], []
     for number, row in enumerate(rows):
         for name, value in row.values.items():
             if name not in rooms:  # not before: shared memory costs time even where nothing is put
@@ -49,12 +51,19 @@ def collate(
             present[name].append(number)
         keys.append(row.key)
         seeds.append(row.seed)
+        groups.append(row.group)
     fields: dict[str, Field] = {
         name: view.field(rooms[name], len(present[name]), tokenizer)._replace(rows=torch.tensor(present[name]))
         for name, view in used.items()
         if name in rooms
     }
-    return Batch(fields, size, keys, torch.tensor(seeds) if training else None)
+    return Batch(
+        fields,
+        size,
+        keys,
+        torch.tensor(seeds) if training else None,
+        torch.tensor(groups) if groups and groups[0] is not None else None,
+    )
 
 
 class WorkerError(UserError):

@@ -21,7 +21,7 @@ from data.cache import Cache
 from data.decode import MODALITIES
 from data.errors import UserError
 from data.index import find_shards, load_shards, write_whole
-from data.order import Order, Slot, Supply
+from data.order import Order, Place, Slot, Supply
 from data.skips import MAX_KEYS, Skipped, Skips, StreamError, share
 from data.source import SampleError, Source
 from data.transforms import Views
@@ -86,6 +86,9 @@ class DataConfig:
     """Folder in which remote shards are kept; null: read each sample over the network."""
     cache_gb: float = 100.0
     """Largest size of the cache, in 10^9 bytes; what was not used for longest goes first."""
+    group: str | None = None
+    """Field of each sample's .json: samples with equal values are no negatives of each other in contrastive learning,
+    such as those that were paired by class; a sample without it is of no group. null: all are negatives."""
     views: Views = field(default_factory=Views)
     """Sizes and augmentation, per modality."""
     workers: int = 1
@@ -258,6 +261,7 @@ class Stream(IterableDataset[Batch]):
                 if at in self._bad:
                     raise self._bad[at]
                 values = source.values(place.shard, place.sample, self.views, training=True)
+                group = None if self.config.group is None else self._group(source, place, self.config.group)
             except SampleError as error:
                 if len(self._bad) < MAX_KEYS:
                     self._bad[at] = error
@@ -267,8 +271,16 @@ class Stream(IterableDataset[Batch]):
                 last = error
                 continue
             key = source.sample(place.shard, place.sample).key
-            return Row(key, values, *random_state(self.seed, self.run_pass, source.name, place.epoch, key))
+            return Row(key, values, *random_state(self.seed, self.run_pass, source.name, place.epoch, key), group)
         raise StreamError(f"{source.name}: {attempts} samples in a row can't be used, the last one: {last}")
+
+    def _group(self, source: Source, place: Place, name: str) -> int:
+        """A number for the value of the field ``name``, the same in every process; -1 for none."""
+        value = source.metadata(place.shard, place.sample).get(name)
+        if value is None:
+            return -1
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
 
     def batches(self) -> Iterator[Batch]:
         """The rank's batches from ``step`` on, read ahead by ``config.workers`` processes.

@@ -33,6 +33,9 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
 from pretrain.progress import Progress
 
+# Settings that change memory and speed alone.
+SAME_RESULT = {"objectives.contrastive.tile"}
+
 
 class TrainingError(UserError):
     """Training can't go on; names the step and the terms."""
@@ -225,7 +228,9 @@ def identity_of(config: Config) -> dict[str, Any]:
         "data.views": config.data.views,
         "tokenizer": config.tokenizer,
     }
-    return {key: value for name, part in parts.items() for key, value in flatten(name, asdict(part))}
+    flat: dict[str, Any] = {"data.group": config.data.group}
+    flat |= {key: value for name, part in parts.items() for key, value in flatten(name, asdict(part))}
+    return {key: value for key, value in flat.items() if key not in SAME_RESULT}
 
 
 def flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:

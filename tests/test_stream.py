@@ -380,6 +380,25 @@ def test_with_a_fraction_of_zero_the_first_stops(tmp_path: Path) -> None:
         next(stream(source, max_bad_fraction=0.0).batches())
 
 
+def test_samples_of_an_equal_field_are_of_one_group(tmp_path: Path) -> None:
+    labels = [3, "3", 3, None, {"a": 1, "b": 2}, {"b": 2, "a": 1}, 4, "absent"]
+    made = [
+        {**members(i, "t"), **({} if label == "absent" else {"json": json.dumps({"label": label, "n": i}).encode()})}
+        for i, label in enumerate(labels)
+    ]
+    source = write_source(tmp_path, made)
+    for workers in (0, 1):
+        batch = next(stream(source, workers=workers, batch_size=8, group="label").batches())
+        assert batch.groups is not None
+        groups = dict(zip(batch.keys, batch.groups.tolist(), strict=True))
+        by_number = [groups[f"k{i}"] for i in range(8)]
+        assert by_number[0] == by_number[2]
+        assert by_number[4] == by_number[5]
+        assert by_number[3] == by_number[7] == -1
+        assert len({*by_number}) == 5
+    assert next(stream(source, batch_size=8).batches()).groups is None
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_source_of_nothing_but_damage_ends_with_an_error(tmp_path: Path, workers: int) -> None:
     source = write_source(tmp_path, [{"txt": b"\xff"}, {"txt": b""}])
