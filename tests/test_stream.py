@@ -383,8 +383,8 @@ def test_with_a_fraction_of_zero_the_first_stops(tmp_path: Path) -> None:
 def test_samples_of_an_equal_field_are_of_one_group(tmp_path: Path) -> None:
     labels = [3, "3", 3, None, {"a": 1, "b": 2}, {"b": 2, "a": 1}, 4, "absent"]
     made = [
-        {**members(i, "t"), **({} if label == "absent" else {"json": json.dumps({"label": label, "n": i}).encode()})}
-        for i, label in enumerate(labels)
+        {"txt": b"a cat"} if label == "absent" else {"txt": b"a cat", "json": json.dumps({"label": label}).encode()}
+        for label in labels
     ]
     source = write_source(tmp_path, made)
     for workers in (0, 1):
