@@ -1,9 +1,11 @@
 """The tokenizer: any fast one of `transformers`, or one trained on the shards' own captions."""
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -90,3 +92,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=bpe, **_SPECIAL)
     return tokenizer
+
+
+def continues_word(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Which ids go on with the word of the token before them: (V,) bool, as `##ing`, or what has no `Ġ` or `▁`.
+
+    Punctuation is a word of its own. Bytes that are no whole character go on.
+
+    Raises:
+        UserError: a tokenizer whose tokens don't tell where words begin.
+    """
+    # Its own decoder knows how it marks words: does it put a space between this token and one before it?
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    after = [tokenizer.convert_tokens_to_string(["a", token])[1:2] for token in tokens]
+    goes_on = torch.tensor(
+        [char == "\ufffd" or (char != "" and unicodedata.category(char)[0] in "LMN") for char in after]
+    )
+    goes_on[tokenizer.all_special_ids] = False
+    text = "one two"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if (words := 1 + int((~goes_on[ids[1:]]).sum())) != 2:
+        raise UserError(
+            f"objectives.masked_language.whole_words=true: this tokenizer's tokens don't tell where words begin "
+            f"({text!r} comes out as {words} of them)"
+        )
+    return goes_on

@@ -18,10 +18,14 @@ class MaskedLanguageConfig:
 
     weight: float = 0.5
     """Weight of the term; 0 switches the objective off."""
+    weight_end: float | None = None
+    """Weight at the end of training, to which it goes in a straight line; null keeps it as it is."""
     rate: float = 0.15
     """Share of tokens to predict where the joint pass has text alone."""
     rate_paired: float = 0.5
     """Share of tokens to predict where it has image or audio too, which then have to help."""
+    whole_words: bool = False
+    """Choose all tokens of a word together, so that the end of a word does not tell its beginning."""
 
     def __post_init__(self) -> None:
         for name in ("rate", "rate_paired"):

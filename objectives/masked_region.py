@@ -1,13 +1,18 @@
 """Masked-region modelling: predict hidden patches of images and spectrograms from the visible ones."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.errors import UserError
 from objectives.masking import PatchSplit
-from objectives.passes import Passes
+from objectives.passes import JointPass, Passes
+from objectives.teacher import Teacher, TeacherConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import LAYER_NORM_EPS, Block, gather_tokens, init_weights
 from pretrain.model.tokenizers import TOKENIZERS, PatchTokenizer
@@ -19,14 +24,27 @@ class MaskedRegionConfig:
 
     weight: float = 1.0
     """Weight of each modality's term; 0 switches the objective off."""
+    weight_end: float | None = None
+    """Weight at the end of training, to which it goes in a straight line; null keeps it as it is."""
+    target: str = "pixel"
+    """What of a patch is predicted. pixel: its values, normalised; latent: a teacher's state at it, where the teacher
+    sees everything; kl: to which prototypes the teacher assigns that state."""
+    decode: float = 1.0
+    """Share of the hidden patches that are predicted, a random part of them; the others cost nothing."""
     decoder_width: int = 128
     """Width of the decoder."""
     decoder_depth: int = 1
     """Number of the decoder's Transformer blocks."""
     decoder_heads: int = 4
     """Attention heads of the decoder; they divide its width."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Of the targets latent and kl."""
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"objectives.masked_region.target={self.target}: allowed are {', '.join(TARGETS)}")
+        if not 0 < self.decode <= 1:
+            raise ValueError(f"objectives.masked_region.decode={self.decode}: allowed is above 0 and at most 1")
         for name in ("decoder_width", "decoder_depth", "decoder_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"objectives.masked_region.{name}={getattr(self, name)}: allowed is 1 or more")
@@ -49,35 +67,43 @@ class MaskedRegion(nn.Module):
 
     def __init__(self, config: MaskedRegionConfig, encoder: Encoder) -> None:
         super().__init__()
+        self.decode = config.decode
+        target = TARGETS[config.target]
         self.decoders = nn.ModuleDict(
             {
-                name: RegionDecoder(config, encoder.config.width, tokenizer)
+                name: RegionDecoder(config, encoder.config.width, tokenizer, target.width(tokenizer, encoder))
                 for name, tokenizer in encoder.tokenizers.items()
                 if isinstance(tokenizer, PatchTokenizer)
             }
         )
-        self.apply(init_weights)
+        self.decoders.apply(init_weights)
+        self.target = target(config.teacher, encoder, list(self.decoders))
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
-        """``masked_image``, ``masked_audio``: mean squared error over hidden patches; absent where none is hidden."""
-        terms = {}
-        for name, decoder in self.decoders.items():
-            errors = []
-            for joint in passes.joint:
-                if name in joint.splits and joint.splits[name].hidden.numel():
-                    split = joint.splits[name]
-                    target = gather_tokens(passes.encoder.patches(name, joint.inputs[name].x), split.hidden)
-                    predicted = decoder(joint.states[name], split)
-                    errors.append((predicted.float() - normalise_patches(target)).square().mean(dim=-1).flatten())
-            if errors:
-                terms[f"masked_{name}"] = torch.cat(errors).mean()
-        return terms
+        """``masked_image``, ``masked_audio``: mean error over the predicted patches; absent where none is hidden."""
+        errors: dict[str, list[Tensor]] = {name: [] for name in self.decoders}
+        for joint in passes.joint:
+            splits = {name: split for name, split in joint.splits.items() if split.hidden.numel()}
+            if not splits:
+                continue
+            wanted = self.target.wanted(passes.encoder, joint)
+            for name, split in splits.items():
+                number = max(1, round(self.decode * split.hidden.shape[1]))
+                part = split._replace(hidden=split.hidden[:, :number])  # they are in random order
+                predicted = self.decoders[name](joint.states[name], part)
+                error = self.target.errors(name, predicted.float(), gather_tokens(wanted[name], part.hidden))
+                errors[name].append(error.flatten())
+        return {f"masked_{name}": torch.cat(each).mean() for name, each in errors.items() if each}
+
+    def after_step(self, encoder: Encoder, progress: float) -> None:
+        """What goes on when the weights have changed; see ``Pretraining.after_step``."""
+        self.target.after_step(encoder, progress)
 
 
 class RegionDecoder(nn.Module):
-    """Visible states and mask tokens -> the hidden patches' values."""
+    """Visible states and mask tokens -> a prediction for each hidden patch."""
 
-    def __init__(self, config: MaskedRegionConfig, width: int, tokenizer: PatchTokenizer) -> None:
+    def __init__(self, config: MaskedRegionConfig, width: int, tokenizer: PatchTokenizer, predicts: int) -> None:
         super().__init__()
         self.prefix_tokens = tokenizer.prefix_tokens
         self.embed = nn.Linear(width, config.decoder_width)
@@ -87,12 +113,12 @@ class RegionDecoder(nn.Module):
             Block(config.decoder_width, config.decoder_heads, mlp_ratio=4.0) for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(config.decoder_width, eps=LAYER_NORM_EPS)
-        self.predict = nn.Linear(config.decoder_width, tokenizer.patch_dim)
+        self.predict = nn.Linear(config.decoder_width, predicts)
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, states: Tensor, split: PatchSplit) -> Tensor:
-        """States (n, prefix + K, D) of the visible patches -> (n, P - K, patch_dim), the hidden ones in order."""
+        """States (n, prefix + K, D) of the visible patches -> (n, P - K, *), the hidden ones in order."""
         positions = self.positions.expand(len(states), -1, -1)
         prefix, visible = self.embed(states).split([self.prefix_tokens, split.visible.shape[1]], dim=1)
         visible = visible + gather_tokens(positions, split.visible)
@@ -104,8 +130,125 @@ class RegionDecoder(nn.Module):
         return out
 
 
+class PixelTarget(nn.Module):
+    """The patch's own values, normalised (MAE, He et al. 2022, section 3)."""
+
+    def __init__(self, _: TeacherConfig, __: Encoder, ___: Collection[str]) -> None:
+        super().__init__()
+
+    @staticmethod
+    def width(tokenizer: PatchTokenizer, _: Encoder) -> int:
+        """How many numbers are predicted for a patch."""
+        return tokenizer.patch_dim
+
+    def wanted(self, encoder: Encoder, joint: JointPass) -> dict[str, Tensor]:
+        """For each modality made of patches, what ``errors`` compares with, of all patches: (n, P, *)."""
+        return {name: encoder.patches(name, joint.inputs[name].x) for name in joint.splits}
+
+    def errors(self, _: str, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """Predictions of a modality (n, K, width) and what was wanted there (n, K, *) -> (n, K)."""
+        return (predicted - normalise_patches(wanted)).square().mean(dim=-1)
+
+    def after_step(self, encoder: Encoder, progress: float) -> None:
+        """What goes on when the weights have changed: nothing."""
+
+
+class LatentTarget(nn.Module):
+    """The teacher's state at the patch, where it sees the whole input (data2vec, Baevski et al. 2022, section 3)."""
+
+    def __init__(self, config: TeacherConfig, encoder: Encoder, _: Collection[str]) -> None:
+        super().__init__()
+        if config.layers > (depth := encoder.config.depth):
+            raise UserError(f"objectives.masked_region.teacher.layers={config.layers}: model.depth is only {depth}")
+        self.config = config
+        self.teacher = Teacher(encoder, config.momentum)
+
+    @staticmethod
+    def width(_: PatchTokenizer, encoder: Encoder) -> int:
+        """That of the encoder."""
+        return encoder.config.width
+
+    @torch.no_grad()
+    def wanted(self, _: Encoder, joint: JointPass) -> dict[str, Tensor]:
+        """The teacher's states of all patches (n, P, D), of modality made of patches."""
+        teacher: Any = self.teacher.module
+        streams = {name: teacher.tokens(name, inputs) for name, inputs in joint.inputs.items()}
+        states = teacher.trunk(streams, last=self.config.layers)
+        return {name: states[name][:, teacher.tokenizers[name].prefix_tokens :] for name in joint.splits}
+
+    def errors(self, _: str, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """Smooth L1 distance of (n, K, D) and (n, K, D) -> (n, K)."""
+        return F.smooth_l1_loss(predicted, wanted, reduction="none").mean(dim=-1)
+
+    def after_step(self, encoder: Encoder, progress: float) -> None:
+        """The teacher follows."""
+        self.teacher.follow(encoder, progress)
+
+
+class PrototypeTarget(LatentTarget):
+    """To which prototypes the teacher assigns its state at the patch (iBOT, Zhou et al. 2022, section 3).
+
+    Teacher and student have prototypes of their own, the teacher's being an average of the student's past ones.
+    """
+
+    def __init__(self, config: TeacherConfig, encoder: Encoder, modalities: Collection[str]) -> None:
+        super().__init__(config, encoder, modalities)
+        self.modalities = list(modalities)
+        width, count = encoder.config.width, config.prototypes
+        self.prototypes = nn.ParameterDict({name: torch.randn(count, width) for name in modalities})
+        self.teacher_prototypes = Teacher(self.prototypes, config.momentum)
+        self.centres = nn.Buffer(torch.zeros(len(modalities), count))
+        # Of this step, by modality: sums of the teacher's similarities, and of how many patches. No buffer, since data
+        # parallelism would overwrite it with the first rank's.
+        self.sums: Tensor | None = None
+
+    def errors(self, modality: str, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """Divergence of the student's assignments, from (n, K, D), from the teacher's, from (n, K, D) -> (n, K)."""
+        number, config = self.modalities.index(modality), self.config
+        with torch.no_grad():
+            prototypes: Any = self.teacher_prototypes.module
+            similarities = _cosines(wanted, prototypes[modality])
+            if self.training:
+                self._count(number, similarities.flatten(0, 1))
+            assigned = ((similarities - self.centres[number]) / config.temperature).softmax(dim=-1)
+        student = _cosines(predicted, self.prototypes[modality]) / config.student_temperature
+        return F.kl_div(student.log_softmax(dim=-1), assigned, reduction="none").sum(dim=-1)
+
+    def _count(self, number: int, similarities: Tensor) -> None:
+        if self.sums is None:
+            self.sums = torch.zeros(len(self.centres), self.config.prototypes + 1, device=similarities.device)
+        self.sums[number, :-1] += similarities.sum(dim=0)
+        self.sums[number, -1] += len(similarities)
+
+    @torch.no_grad()
+    def after_step(self, encoder: Encoder, progress: float) -> None:
+        """The teacher follows, and the centres move to the mean of the step's patches of all ranks."""
+        super().after_step(encoder, progress)
+        self.teacher_prototypes.follow(self.prototypes, progress)
+        sums = self.centres.new_zeros(len(self.centres), self.config.prototypes + 1) if self.sums is None else self.sums
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        count = sums[:, -1:]
+        means = torch.where(count > 0, sums[:, :-1] / count, self.centres)
+        self.centres.lerp_(means, 1 - self.config.centre_momentum)
+        self.sums = None
+
+
+# Name -> class, the allowed values of ``target``. A new target is a line here.
+TARGETS: dict[str, Any] = {"pixel": PixelTarget, "latent": LatentTarget, "kl": PrototypeTarget}
+
+
+def _cosines(states: Tensor, prototypes: Tensor) -> Tensor:
+    """(n, K, D) and (count, D) -> (n, K, count)."""
+    return F.linear(F.normalize(states, dim=-1), F.normalize(prototypes, dim=-1)).float()
+
+
 def normalise_patches(patches: Tensor) -> Tensor:
     """(n, P, patch_dim) to mean 0 and variance 1 per patch (MAE, section 4, "reconstruction target")."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n, P, 1) of the values of each patch."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()

@@ -1,28 +1,91 @@
 """Which positions are hidden. Masks (what an objective hides) and validity (what is padding) never mix here."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Modality made of patches -> how its patches may be hidden; the first is the default.
+MASKS = {"image": ("random", "block"), "audio": ("random", "block", "time", "frequency", "time_frequency")}
+MAX_ASPECT = 10 / 3  # of blocks (BEiT, Bao et al. 2022, algorithm 1)
 
 
 class PatchSplit(NamedTuple):
     """A random split of the patches of n samples.
 
     Attributes:
-        visible: (n, K) int64, the patches that the encoder sees.
-        hidden: (n, P - K) int64, the rest.
+        visible: (n, K) int64, the patches that the encoder sees, in random order.
+        hidden: (n, P - K) int64, the rest, in random order: its first columns are a random part of it.
     """
 
     visible: Tensor
     hidden: Tensor
 
 
-def split_patches(n: int, num_patches: int, keep: float, generator: torch.Generator) -> PatchSplit:
-    """Keep a random share of the patches, at least one, independently per sample (MAE, He et al. 2022, section 3)."""
+def split_patches(
+    n: int, grid: tuple[int, int], keep: float, generator: torch.Generator, kind: str = "random"
+) -> PatchSplit:
+    """Keep a share of the patches, at least one, independently per sample.
+
+    Args:
+        n: number of samples.
+        grid: rows and columns of patches; patches count row by row.
+        keep: the share to keep; equally many in every sample.
+        generator: random state; the split is on its device.
+        kind: which patches are hidden. random: any (MAE, He et al. 2022, section 3); block: those of a rectangle;
+            time, frequency and time_frequency: whole columns, rows, or both of them (of a spectrogram; the last one
+            in part, where the share asks for that).
+    """
+    num_patches = grid[0] * grid[1]
     kept = max(1, round(keep * num_patches))
-    order = torch.rand(n, num_patches, generator=generator, device=generator.device).argsort(dim=1)
+    order = torch.rand(n, num_patches, generator=generator, device=generator.device)
+    if kind != "random" and kept < num_patches:
+        rank = _RANKS[kind](n, grid, num_patches - kept, generator).reshape(n, num_patches)
+        hidden = rank.argsort(dim=1)[:, : num_patches - kept]
+        order = order.scatter_add(1, hidden, torch.ones_like(order))  # behind all others
+    order = order.argsort(dim=1)
     return PatchSplit(order[:, :kept], order[:, kept:])
+
+
+def _block(n: int, grid: tuple[int, int], hidden: int, generator: torch.Generator) -> Tensor:
+    """(n, rows, columns): distance from the centre of a random rectangle of ``hidden`` patches, in its sides.
+
+    The nearest ones are then a rectangle of random place and shape, with a part of a line at one side.
+    """
+    rows, columns = grid
+    aspect, y, x = torch.rand(3, n, 1, 1, generator=generator, device=generator.device, dtype=torch.float64)
+    # Uniform in the logarithm, as far as such a rectangle has room.
+    height = (hidden * MAX_ASPECT ** (2 * aspect - 1)).sqrt().clamp(hidden / columns, rows)
+    width = hidden / height
+    # Where there is no room to move, a nudge decides which of two opposite sides is the nearer one.
+    down = torch.arange(rows, device=generator.device)[:, None] + 0.5 - height / 2 - y * (rows - height + 1e-4)
+    across = torch.arange(columns, device=generator.device) + 0.5 - width / 2 - x * (columns - width + 1e-4)
+    down, across = (down / height).abs(), (across / width).abs()
+    # Within a line all are equally far; the part of it that is taken is the one nearest to its middle.
+    return torch.maximum(down, across) + 1e-9 * torch.minimum(down, across)
+
+
+def _lines(*axes: int) -> Callable[[int, tuple[int, int], int, torch.Generator], Tensor]:
+    """Whole lines along one or several axes of the grid, in random order; within a line patches are in random order."""
+
+    def rank(n: int, grid: tuple[int, int], hidden: int, generator: torch.Generator) -> Tensor:
+        lines = torch.rand(n, sum(grid[axis] for axis in axes), generator=generator, device=generator.device)
+        parts = torch.split(lines.argsort(dim=1).argsort(dim=1), [grid[axis] for axis in axes], dim=1)
+        places = [part.unsqueeze(2 - axis).expand(n, *grid) for axis, part in zip(axes, parts, strict=True)]
+        first = torch.stack(places).amin(dim=0)  # a patch goes with the first of its lines
+        return first + torch.rand(n, *grid, generator=generator, device=generator.device)
+
+    return rank
+
+
+# (n, grid, how many to hide, generator) -> (n, rows, columns): the patches of lowest rank are hidden.
+_RANKS: dict[str, Callable[[int, tuple[int, int], int, torch.Generator], Tensor]] = {
+    "block": _block,
+    "time": _lines(1),
+    "frequency": _lines(0),
+    "time_frequency": _lines(0, 1),
+}
 
 
 class MaskedText(NamedTuple):
@@ -37,7 +100,14 @@ class MaskedText(NamedTuple):
     chosen: Tensor
 
 
-def mask_tokens(ids: Tensor, ordinary: Tensor, mask_id: int, rate: float, generator: torch.Generator) -> MaskedText:
+def mask_tokens(
+    ids: Tensor,
+    ordinary: Tensor,
+    mask_id: int,
+    rate: float,
+    generator: torch.Generator,
+    continues: Tensor | None = None,
+) -> MaskedText:
     """Choose a share of the ordinary tokens; of these 80 % become [MASK], 10 % a random token, 10 % stay.
 
     BERT (Devlin et al. 2019, section 3.1).
@@ -49,8 +119,13 @@ def mask_tokens(ids: Tensor, ordinary: Tensor, mask_id: int, rate: float, genera
         mask_id: id of [MASK].
         rate: the share to choose, 0 .. 1.
         generator: random state, on the device of ``ids``.
+        continues: (V,) bool, True for ids that go on with the word of the token before them: the tokens of a word
+            then have one fate, so that none of them tells the others. None: each token has its own.
     """
     draw = torch.rand(ids.shape, generator=generator, device=ids.device)
+    if continues is not None:
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        draw = draw.gather(1, places.masked_fill(continues[ids], 0).cummax(dim=1).values)  # of the word's first token
     chosen = ordinary[ids] & (draw < rate)
     # The same draw decides what a chosen token becomes: below `rate` it is uniform.
     to_mask = chosen & (draw < 0.8 * rate)

@@ -1,24 +1,28 @@
 """One step's objectives as one module with one forward: unimodal passes, joint pass, named losses."""
 
 import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch, Field
 from objectives.contrastive import Contrastive, ContrastiveConfig
 from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig
-from objectives.masking import mask_tokens, split_patches
+from objectives.masking import MASKS, mask_tokens, split_patches
 from objectives.passes import JointPass, Passes
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
 # class says which modalities it `learns_from` and which passes it `reads`, "embeddings" or "joint"; passes that nobody
-# reads are not made.
+# reads are not made. It may have ``after_step(encoder, progress)``, see ``Pretraining.after_step``.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
     "masked_language": MaskedLanguage,
@@ -37,6 +41,16 @@ class KeepConfig:
 
 
 @dataclass
+class MaskConfig:
+    """Which of its patches are hidden, per modality made of patches."""
+
+    image: str = "random"
+    """Of an image. Allowed: random; block (a rectangle)."""
+    audio: str = "random"
+    """Of a spectrogram. Allowed: random; block; time, frequency and time_frequency (whole columns, rows, both)."""
+
+
+@dataclass
 class ObjectivesConfig:
     """The losses, and how much of each input the encoder sees."""
 
@@ -50,6 +64,8 @@ class ObjectivesConfig:
     """What the unimodal pass sees."""
     joint_keep: KeepConfig = field(default_factory=lambda: KeepConfig(image=0.25, audio=0.2))
     """What the joint pass sees; the other patches are predicted."""
+    joint_mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which patches the joint pass does not see."""
     joint_share: float = 1.0
     """Share of the batch that takes the joint pass. Contrastive learning wants large batches, masking does not."""
     final_whole: float = 0.05
@@ -60,6 +76,9 @@ class ObjectivesConfig:
             for name, share in vars(getattr(self, part)).items():
                 if not 0 < share <= 1:
                     raise ValueError(f"objectives.{part}.{name}={share}: allowed is above 0 and at most 1")
+        for name, allowed in MASKS.items():
+            if (mask := getattr(self.joint_mask, name)) not in allowed:
+                raise ValueError(f"objectives.joint_mask.{name}={mask}: allowed are {', '.join(allowed)}")
         if not 0 < self.joint_share <= 1:
             raise ValueError(f"objectives.joint_share={self.joint_share}: allowed is above 0 and at most 1")
         if not 0 <= self.final_whole <= 1:
@@ -67,8 +86,17 @@ class ObjectivesConfig:
         for name in OBJECTIVES:
             if not 0 <= (weight := getattr(self, name).weight) < math.inf:
                 raise ValueError(f"objectives.{name}.weight={weight}: allowed is 0 or more")
-        if all(getattr(self, name).weight == 0 for name in OBJECTIVES):
+            if not 0 <= (weight := self.weight(name, 1)) < math.inf:
+                raise ValueError(f"objectives.{name}.weight_end={weight}: allowed is 0 or more, or null")
+        if all(self.weight(name, progress) == 0 for name in OBJECTIVES for progress in (0, 1)):
             raise ValueError("every objective has weight 0: there is nothing to learn")
+
+    def weight(self, objective: str, progress: float) -> float:
+        """An objective's weight when ``progress`` of the steps, 0 .. 1, are done."""
+        part = getattr(self, objective)
+        weight: float = part.weight
+        end = getattr(part, "weight_end", None)  # an objective need not have one
+        return weight if end is None else weight + progress * (end - weight)
 
 
 class Loss(NamedTuple):
@@ -77,54 +105,86 @@ class Loss(NamedTuple):
     Attributes:
         total: scalar, the weighted sum of the terms.
         terms: name -> scalar, unweighted.
+        weights: name -> the term's weight.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    weights: Mapping[str, float] = MappingProxyType({})
 
 
 class Pretraining(nn.Module):
     """Encoder and objectives. One ``forward``, so that a wrapper for data parallelism sees one call."""
 
-    def __init__(self, encoder: Encoder, config: ObjectivesConfig) -> None:
+    def __init__(self, encoder: Encoder, config: ObjectivesConfig, continues: Tensor | None = None) -> None:
+        """Random weights of the objectives from torch's global generator.
+
+        Args:
+            encoder: trained in place.
+            config: the objectives and their weights.
+            continues: (V,) bool, ids that go on with a word (``data.text.continues_word``); for ``whole_words``.
+        """
         super().__init__()
         self.encoder = encoder
         self.config = config
-        self.weights = {name: getattr(config, name).weight for name in OBJECTIVES}
-        self.objectives = nn.ModuleDict(
-            {name: cls(getattr(config, name), encoder) for name, cls in OBJECTIVES.items() if self.weights[name] > 0}
-        )
-        self.reads = {OBJECTIVES[name].reads for name in self.objectives}
+        used = [name for name in OBJECTIVES if any(config.weight(name, progress) > 0 for progress in (0, 1))]
+        self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), encoder) for name in used})
         ordinary = torch.ones(encoder.vocabulary.size, dtype=torch.bool)
         ordinary[list(encoder.vocabulary.special_ids)] = False
         self.ordinary = nn.Buffer(ordinary, persistent=False)
+        if config.masked_language.whole_words and continues is None:
+            raise ValueError("objectives.masked_language.whole_words=true: needs to know which ids continue a word")
+        self.continues: Tensor | None
+        self.register_buffer("continues", continues if config.masked_language.whole_words else None, persistent=False)
 
-    def forward(self, batch: Batch, seed: int, whole: bool = False) -> Loss:
+    def forward(self, batch: Batch, seed: int, whole: bool = False, progress: float = 0.0) -> Loss:
         """The losses of a batch as ``OnDevice`` gives it.
 
         Args:
             batch: any subset of the modalities per row.
             seed: fixes which patches and tokens are hidden.
             whole: the unimodal pass sees whole inputs.
+            progress: share of the run's steps that are done, 0 .. 1; weights may depend on it.
         """
-        generator = torch.Generator(self.ordinary.device).manual_seed(seed)
-        embeddings: dict[str, Field] = {}
-        joint: list[JointPass] = []
-        if "embeddings" in self.reads:
-            embeddings = self._unimodal(batch, generator, whole)
-        if "joint" in self.reads:
-            rows = max(1, round(self.config.joint_share * batch.size))
-            joint = [self._joint(group, generator) for group in group_by_presence(batch, rows)]
-        passes = Passes(self.encoder, embeddings, joint)
+        weights = {name: self.config.weight(name, progress) for name in self.objectives}
+        active = {name: weight for name, weight in weights.items() if weight > 0}
+        passes = self.passes(batch, seed, whole, active)
 
         total = torch.zeros((), device=self.ordinary.device)
         terms: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            for term, value in objective(passes).items():
-                terms[term] = value
-                total = total + self.weights[name] * value
-        reaching: Tensor = _Reaches.apply(total, *self.parameters())  # type: ignore[no-untyped-call]
-        return Loss(reaching, terms)
+        term_weights = {}
+        for name, weight in active.items():
+            for term, value in self.objectives[name](passes).items():
+                terms[term], term_weights[term] = value, weight
+                total = total + weight * value
+        learned = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        reaching: Tensor = _Reaches.apply(total, *learned)  # type: ignore[no-untyped-call]
+        return Loss(reaching, terms, term_weights)
+
+    def passes(self, batch: Batch, seed: int, whole: bool, objectives: Collection[str]) -> Passes:
+        """The passes that the ``objectives`` of these names read; for the rest see ``forward``."""
+        generator = torch.Generator(self.ordinary.device).manual_seed(seed)
+        reads = {OBJECTIVES[name].reads for name in objectives}
+        embeddings: dict[str, Field] = {}
+        joint: list[JointPass] = []
+        if "embeddings" in reads:
+            embeddings = self._unimodal(batch, generator, whole)
+        if "joint" in reads:
+            rows = max(1, round(self.config.joint_share * batch.size))
+            groups = group_by_presence(batch, rows)
+            joint = [self._joint(group, generator, "masked_language" in objectives) for group in groups]
+        return Passes(self.encoder, embeddings, joint)
+
+    def after_step(self, progress: float) -> None:
+        """To be called by all ranks together when the optimiser has made its step: teachers follow what they teach.
+
+        Args:
+            progress: share of the run's steps that are done, 0 .. 1.
+        """
+        for objective in self.objectives.values():
+            after_step: Any = getattr(objective, "after_step", None)
+            if after_step is not None:
+                after_step(self.encoder, progress)
 
     def _unimodal(self, batch: Batch, generator: torch.Generator, whole: bool) -> dict[str, Field]:
         embeddings = {}
@@ -133,12 +193,12 @@ class Pretraining(nn.Module):
             tokenizer = self.encoder.tokenizers[name]
             if isinstance(tokenizer, PatchTokenizer) and not whole:
                 share = getattr(self.config.keep, name)
-                keep = split_patches(len(inputs.x), tokenizer.num_patches, share, generator).visible
+                keep = split_patches(len(inputs.x), tokenizer.grid, share, generator).visible
             features = self.encoder.pool(name, self.encoder.encode(name, inputs, keep))
             embeddings[name] = Field(self.encoder.project(name, features), inputs.rows)
         return embeddings
 
-    def _joint(self, inputs: dict[str, Field], generator: torch.Generator) -> JointPass:
+    def _joint(self, inputs: dict[str, Field], generator: torch.Generator, hide_text: bool) -> JointPass:
         streams: dict[str, Tokens] = {}
         splits = {}
         chosen = None
@@ -146,12 +206,14 @@ class Pretraining(nn.Module):
             tokenizer = self.encoder.tokenizers[name]
             if isinstance(tokenizer, PatchTokenizer):
                 share = getattr(self.config.joint_keep, name)
-                splits[name] = split_patches(len(field_.x), tokenizer.num_patches, share, generator)
+                kind = getattr(self.config.joint_mask, name)
+                splits[name] = split_patches(len(field_.x), tokenizer.grid, share, generator, kind)
                 streams[name] = self.encoder.tokens(name, field_, splits[name].visible)
-            elif "masked_language" in self.objectives:
+            elif hide_text:
                 language = self.config.masked_language
                 rate = language.rate if len(inputs) == 1 else language.rate_paired
-                masked = mask_tokens(field_.x, self.ordinary, self.encoder.vocabulary.mask_id, rate, generator)
+                mask_id = self.encoder.vocabulary.mask_id
+                masked = mask_tokens(field_.x, self.ordinary, mask_id, rate, generator, self.continues)
                 chosen = masked.chosen
                 streams[name] = self.encoder.tokens(name, field_._replace(x=masked.ids))
             else:
@@ -175,6 +237,31 @@ class _Reaches(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters)
         return gradients[0], *zeros
+
+
+def trunk_gradients(loss: Loss, trunk: Iterable[nn.Parameter]) -> dict[str, float]:
+    """How much each term pulls at the trunk, and how far they agree. Call it before the backward pass.
+
+    Args:
+        loss: of a step. Only what this rank's samples contribute to its gradients is seen.
+        trunk: the parameters to look at, such as ``encoder.blocks.parameters()``.
+
+    Returns:
+        ``trunk_norm/<term>``: norm of the gradient of the weighted term. ``trunk_cosine/<term>/<other>``: the cosine
+        of two of them; below 0 they hinder each other, and it is 0 where one has no gradient.
+    """
+    parameters = list(trunk)
+    pulls = {}
+    for name, term in loss.terms.items():
+        parts = torch.autograd.grad(
+            loss.weights[name] * term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        pulls[name] = torch.cat([part.flatten().float() for part in parts])
+    found = {f"trunk_norm/{name}": pull.norm().item() for name, pull in pulls.items()}
+    for (one, pull), (other, pull_of_other) in combinations(pulls.items(), 2):
+        cosine = F.cosine_similarity(pull, pull_of_other, dim=0)
+        found[f"trunk_cosine/{one}/{other}"] = cosine.item()
+    return found
 
 
 def group_by_presence(batch: Batch, rows: int) -> list[dict[str, Field]]:

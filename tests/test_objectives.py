@@ -1,4 +1,8 @@
 import dataclasses
+import importlib
+import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,16 @@ from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig, normalise_patches
 from objectives.masking import PatchSplit, mask_tokens, split_patches
 from objectives.passes import JointPass, Passes
-from objectives.pretraining import KeepConfig, Loss, ObjectivesConfig, Pretraining, group_by_presence
+from objectives.pretraining import (
+    OBJECTIVES,
+    KeepConfig,
+    Loss,
+    MaskConfig,
+    ObjectivesConfig,
+    Pretraining,
+    group_by_presence,
+    trunk_gradients,
+)
 from pretrain.model.tokenizers import ModelConfig
 from tests.samples import MODEL, VOCABULARY, batch, encoder, images, texts
 
@@ -110,14 +123,14 @@ def test_masks_depend_on_the_generator_alone() -> None:
     ("patches", "keep", "kept"), [(16, 0.5, 8), (16, 0.25, 4), (10, 0.26, 3), (9, 0.01, 1), (7, 1.0, 7), (1, 0.2, 1)]
 )
 def test_a_split_is_disjoint_and_complete(patches: int, keep: float, kept: int) -> None:
-    visible, hidden = split_patches(50, patches, keep, torch.Generator().manual_seed(0))
+    visible, hidden = split_patches(50, (1, patches), keep, torch.Generator().manual_seed(0))
     assert visible.shape == (50, kept)
     assert hidden.shape == (50, patches - kept)
     assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(patches).expand(50, -1))
 
 
 def test_splits_are_uniform_and_independent() -> None:
-    visible, _ = split_patches(20_000, 8, 0.25, torch.Generator().manual_seed(0))
+    visible, _ = split_patches(20_000, (2, 4), 0.25, torch.Generator().manual_seed(0))
     pairs = torch.zeros(8, 8)
     pairs.index_put_((visible[:, 0], visible[:, 1]), torch.ones(20_000), accumulate=True)
     expected = 20_000 / 56
@@ -261,7 +274,7 @@ def test_targets_are_the_hidden_patches_alone(modality: str) -> None:
 def test_a_decoder_knows_where_patches_lie() -> None:
     decoder: Any = MaskedRegion(REGION, encoder()).decoders["image"]
     states = randn(2, 9, 32)
-    split = split_patches(2, 16, 0.5, torch.Generator().manual_seed(0))
+    split = split_patches(2, (4, 4), 0.5, torch.Generator().manual_seed(0))
     predicted = decoder(states, split)
     assert predicted.shape == (2, 8, 48)
     order = torch.tensor([3, 0, 1, 2, 7, 6, 5, 4])
@@ -324,6 +337,139 @@ def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
     assert all(term.ndim == 0 for term in (loss.total, *loss.terms.values()))
 
 
+def test_weights_go_in_a_straight_line_to_their_ends() -> None:
+    language = MaskedLanguageConfig(weight=0.5, weight_end=2.5)
+    region = dataclasses.replace(REGION, weight=1.0, weight_end=0.0)
+    model = pretraining(dataclasses.replace(config(contrastive=0.7), masked_language=language, masked_region=region))
+    for progress, weights in ((0.0, (0.7, 0.5, 1.0)), (0.25, (0.7, 1.0, 0.75)), (1.0, (0.7, 2.5, 0.0))):
+        loss = model(batch(FULL), seed=0, progress=progress)
+        kinds = {"masked_language": weights[1], "masked_image": weights[2], "masked_audio": weights[2]}
+        expected = {name: kinds.get(name, weights[0]) for name in TERMS}
+        assert dict(loss.weights) == {name: weight for name, weight in expected.items() if weight > 0}
+        assert loss.terms.keys() == loss.weights.keys()
+        torch.testing.assert_close(loss.total, sum(expected[name] * term for name, term in loss.terms.items()))
+
+
+def test_an_objective_costs_no_pass_while_its_weight_is_0() -> None:
+    region = dataclasses.replace(REGION, weight=0.0, weight_end=1.0)
+    model = pretraining(dataclasses.replace(config(contrastive=1), masked_region=region))
+    text = int(batch(FULL).fields["text"].x.shape[1])
+    unimodal = [(6, 9), (6, text), (6, 4)]
+    assert lengths(model, batch(FULL), progress=0.0) == unimodal
+    assert lengths(model, batch(FULL), progress=0.1) == [*unimodal, (6, 1 + 8 + text + 2 + 4)]
+    model(batch(FULL), seed=0).total.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_text_is_whole_while_nobody_predicts_it() -> None:
+    language = MaskedLanguageConfig(weight=0.0, weight_end=1.0)
+    model = pretraining(dataclasses.replace(config(masked_region=1), masked_language=language))
+    for objectives, hidden in ((["masked_region"], False), (["masked_region", "masked_language"], True)):
+        (joint,) = model.passes(batch(FULL), 0, False, objectives).joint
+        assert (joint.chosen is not None) == hidden
+
+
+def test_masks_of_the_joint_pass_are_of_the_kind_asked_for() -> None:
+    masks = dataclasses.replace(CONFIG, joint_mask=MaskConfig(image="block", audio="frequency"))
+    embeddings, joint = {}, {}
+    for name, settings in (("plain", CONFIG), ("masks", masks)):
+        passes, _ = passes_of(pretraining(settings), batch(["ita"] * 50))
+        embeddings[name], joint[name] = passes.embeddings, passes.joint[0]
+    split = joint["masks"].splits["audio"]
+    assert all(set(row) in ({0, 1, 2, 3}, {4, 5, 6, 7}) for row in split.hidden.tolist())  # one of two rows
+    rows, columns = joint["masks"].splits["image"].hidden // 4, joint["masks"].splits["image"].hidden % 4
+    sizes = (rows.amax(1) - rows.amin(1) + 1) * (columns.amax(1) - columns.amin(1) + 1)
+    assert sizes.max() <= 12  # eight patches and the rest of a line
+    for name, each in embeddings["plain"].items():  # the unimodal pass hides at random
+        assert torch.equal(each.x, embeddings["masks"][name].x)
+
+
+def test_whole_words_are_hidden_in_the_joint_pass() -> None:
+    language = MaskedLanguageConfig(weight=1, whole_words=True, rate_paired=0.5)
+    settings = dataclasses.replace(config(masked_language=1), masked_language=language)
+    continues = torch.arange(VOCABULARY.size) > 20
+    model = Pretraining(encoder(), settings, continues)
+    passes, _ = passes_of(model, batch(["it"] * 100))
+    (joint,) = passes.joint
+    ids, chosen = joint.inputs["text"].x, joint.chosen
+    assert chosen is not None
+    inside = continues[ids[:, 2:]]  # the token before is an ordinary one, too
+    assert inside.sum() > 50
+    assert torch.equal(chosen[:, 2:][inside], chosen[:, 1:-1][inside])
+    assert not torch.equal(chosen[:, 2:], chosen[:, 1:-1])
+    assert "continues" not in model.state_dict()
+    with pytest.raises(ValueError, match="whole_words=true: needs to know which ids continue a word"):
+        Pretraining(encoder(), settings)
+
+
+def test_gradients_on_the_trunk_and_their_cosines() -> None:
+    model = pretraining(config(contrastive=0.7, masked_language=0.3, masked_region=2))
+    trunk = list(model.encoder.blocks.parameters())
+    loss = model(batch(FULL), seed=0)
+    found = trunk_gradients(loss, trunk)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loss.total.backward()  # the graph is still there, and only now there are gradients
+    together = torch.cat([parameter.grad.flatten() for parameter in trunk if parameter.grad is not None])
+
+    weight = {"masked_language": 0.3, "masked_image": 2.0, "masked_audio": 2.0}
+    pulls = {}
+    for name in TERMS:
+        term = model(batch(FULL), seed=0).terms[name]
+        parts = torch.autograd.grad(term, trunk, allow_unused=True)
+        whole = [torch.zeros_like(p) if part is None else part for part, p in zip(parts, trunk, strict=True)]
+        pulls[name] = weight.get(name, 0.7) * torch.cat([part.flatten() for part in whole])
+    torch.testing.assert_close(torch.stack(list(pulls.values())).sum(dim=0), together, rtol=1e-3, atol=1e-5)
+    expected = {f"trunk_norm/{name}": pull.norm().item() for name, pull in pulls.items()}
+    for one, other in itertools.combinations(loss.terms, 2):
+        cosine = (pulls[one] @ pulls[other] / (pulls[one].norm() * pulls[other].norm())).item()
+        expected[f"trunk_cosine/{one}/{other}"] = cosine
+    assert len(expected) == 6 + 15
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert min(expected.values()) < -1e-3
+
+
+def test_a_term_that_does_not_reach_the_trunk_pulls_with_0() -> None:
+    model = pretraining(config(masked_language=1, masked_region=1))
+    found = trunk_gradients(model(batch(["t"]), seed=0), model.encoder.blocks.parameters())
+    assert found.keys() == {"trunk_norm/masked_language"}
+    bias = model.objectives["masked_language"].get_parameter("bias").square().sum()
+    loss = Loss(bias, {"one": bias, "other": bias}, {"one": 1.0, "other": 2.0})
+    found = trunk_gradients(loss, model.encoder.blocks.parameters())
+    assert found == {"trunk_norm/one": 0, "trunk_norm/other": 0, "trunk_cosine/one/other": 0}
+
+
+def test_the_objective_that_the_docs_add_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", docs, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line and not line.startswith(("from", "import"))]) <= 30
+    (tmp_path / "uniformity.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    written = importlib.import_module("uniformity")
+    for line in ('"uniformity": Uniformity,', "uniformity: UniformityConfig = field(default_factory=UniformityConfig)"):
+        assert f"`{line}`" in docs
+
+    others = vars(config(masked_language=1))
+    monkeypatch.setitem(OBJECTIVES, "uniformity", written.Uniformity)
+    new_field = ("uniformity", Any, dataclasses.field(default_factory=written.UniformityConfig))
+    make: Any = dataclasses.make_dataclass("Extended", [new_field], bases=(ObjectivesConfig,))
+    settings = make(**others, uniformity=written.UniformityConfig(weight=0.5))
+    model = pretraining(settings)
+    loss = model(batch(["ita", "it", "ta"]), seed=0)
+    names = {"uniformity_image", "uniformity_text", "uniformity_audio"}
+    assert set(loss.terms) == names | {"masked_language"}
+    expected = loss.terms["masked_language"] + sum(0.5 * loss.terms[name] for name in names)
+    torch.testing.assert_close(loss.total, expected)
+    before = loss.terms["uniformity_text"].item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(batch(["ita", "it", "ta"]), seed=0).total.backward()
+        optimizer.step()
+    assert model(batch(["ita", "it", "ta"]), seed=0).terms["uniformity_text"].item() < before - 0.1
+    with pytest.raises(ValueError, match=r"objectives\.uniformity\.weight=-1: allowed is 0 or more"):
+        make(uniformity=written.UniformityConfig(weight=-1))
+
+
 def test_weights_do_not_change_the_terms() -> None:
     light = pretraining(config(contrastive=0.1, masked_language=0.1, masked_region=0.1))(batch(FULL), seed=0).terms
     heavy = pretraining(config(contrastive=1, masked_language=5, masked_region=9))(batch(FULL), seed=0).terms
@@ -346,11 +492,11 @@ def test_weight_0_removes_an_objective_with_its_parameters(left_out: str) -> Non
     assert terms == TERMS - gone[left_out]
 
 
-def lengths(model: Pretraining, inputs: Batch, whole: bool = False) -> list[tuple[int, int]]:
+def lengths(model: Pretraining, inputs: Batch, whole: bool = False, progress: float = 0.0) -> list[tuple[int, int]]:
     """(samples, tokens) of every pass through the trunk."""
     seen: list[tuple[int, int]] = []
     handle = model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    model(inputs, seed=0, whole=whole)
+    model(inputs, seed=0, whole=whole, progress=progress)
     handle.remove()
     return seen
 
@@ -549,6 +695,12 @@ def test_a_few_steps_on_one_batch_lower_every_term() -> None:
     [
         (lambda: ObjectivesConfig(keep=KeepConfig(image=0.0)), r"objectives\.keep\.image=0\.0: allowed"),
         (lambda: ObjectivesConfig(joint_keep=KeepConfig(audio=1.1)), r"objectives\.joint_keep\.audio=1\.1: allowed"),
+        (lambda: ObjectivesConfig(joint_mask=MaskConfig(image="time")), r"joint_mask\.image=time: .* random, block$"),
+        (lambda: ObjectivesConfig(joint_mask=MaskConfig(audio="row")), r"joint_mask\.audio=row: .* time, frequency, "),
+        (
+            lambda: ObjectivesConfig(masked_language=MaskedLanguageConfig(weight_end=-0.5)),
+            r"objectives\.masked_language\.weight_end=-0\.5: allowed is 0 or more, or null",
+        ),
         (lambda: ObjectivesConfig(joint_share=0.0), r"objectives\.joint_share=0\.0: allowed"),
         (lambda: ObjectivesConfig(final_whole=-0.1), r"objectives\.final_whole=-0\.1: allowed"),
         (lambda: config(contrastive=-1), r"objectives\.contrastive\.weight=-1: allowed"),

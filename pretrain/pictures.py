@@ -1,0 +1,107 @@
+"""Pictures of what masked-region modelling sees and what it makes of it. Needs the extra ``plot``."""
+
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from data.batch import Batch
+from objectives.masked_region import patch_statistics
+from objectives.masking import PatchSplit
+from objectives.passes import JointPass
+from objectives.pretraining import Pretraining
+from pretrain.model.encoder import Encoder
+from pretrain.model.layers import gather_tokens
+
+GREY = 0.5
+ROWS = ("input", "masked", "reconstruction")
+
+
+@torch.no_grad()
+def draw_step(model: Pretraining, batch: Batch, seed: int, limit: int = 4) -> bytes | None:
+    """What the model makes of a batch, as PNG; None where it predicts no patches' values, or the batch has none.
+
+    Args:
+        model: unwrapped; left in the mode in which it was.
+        batch: as ``OnDevice`` gives it.
+        seed: fixes which patches are hidden.
+        limit: number of samples to draw, at most.
+    """
+    region: Any = dict(model.objectives.items()).get("masked_region")
+    if region is None or model.config.masked_region.target != "pixel":
+        return None
+    passes = model.passes(batch, seed, whole=False, objectives=list(model.objectives))
+    hiding = [joint for joint in passes.joint if any(split.hidden.numel() for split in joint.splits.values())]
+    if not hiding:
+        return None
+    joint = max(hiding, key=lambda joint: len(joint.splits))  # all kinds of patches, if any sample has them
+    splits = {name: split for name, split in joint.splits.items() if split.hidden.numel()}
+    predicted = {name: region.decoders[name](joint.states[name], split) for name, split in splits.items()}
+    return draw(model.encoder, joint, predicted, limit)
+
+
+def draw(encoder: Encoder, joint: JointPass, predicted: Mapping[str, Tensor], limit: int = 4) -> bytes:
+    """Three rows of pictures per modality as PNG: input, what the encoder saw of it, and the reconstruction.
+
+    Args:
+        encoder: that made the pass.
+        joint: the pass.
+        predicted: modality -> normalised values (n, P - K, patch_dim) of its hidden patches, in the split's order.
+            Mean and spread of each are taken from the input: the prediction says nothing of them.
+        limit: number of samples to draw, at most.
+    """
+    columns = min(limit, *(len(joint.inputs[name].x) for name in predicted))
+    figure = Figure(figsize=(2.2 * columns + 0.4, 2.2 * len(ROWS) * len(predicted)), dpi=120, layout="constrained")
+    grid = figure.subplots(len(ROWS) * len(predicted), columns, squeeze=False)
+    for i, (name, values) in enumerate(predicted.items()):
+        x, split = (
+            joint.inputs[name].x[:columns].float(),
+            PatchSplit(*(index[:columns] for index in joint.splits[name])),
+        )
+        true = gather_tokens(encoder.patches(name, x), split.hidden)
+        mean, deviation = patch_statistics(true)
+        nothing = torch.full_like(true, math.nan)
+        pictures = (
+            x,
+            replace_patches(encoder, name, x, split.hidden, nothing),
+            replace_patches(encoder, name, x, split.hidden, values[:columns].float() * deviation + mean),
+        )
+        for row, (title, picture) in enumerate(zip(ROWS, pictures, strict=True)):
+            for column in range(columns):
+                axes = grid[len(ROWS) * i + row, column]
+                _SHOW[name](axes, picture[column].cpu(), x[column].cpu())
+                axes.set_xticks([])
+                axes.set_yticks([])
+                if column == 0:
+                    axes.set_ylabel(f"{name}: {title}", fontsize=9)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def replace_patches(encoder: Encoder, modality: str, x: Tensor, index: Tensor, patches: Tensor) -> Tensor:
+    """Inputs (n, ...) with the patches at ``index`` (n, K) replaced by (n, K, patch_dim)."""
+    numbered = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
+    places = encoder.patches(modality, numbered)[0]  # (P, patch_dim), where in x each value of a patch stands
+    return x.flatten(1).scatter(1, places[index].flatten(1), patches.flatten(1)).view_as(x)
+
+
+def _show_image(axes: Axes, picture: Tensor, _: Tensor) -> None:
+    """(3, H, W) of -1 .. 1."""
+    axes.imshow((picture / 2 + 0.5).clamp(0, 1).nan_to_num(GREY).permute(1, 2, 0).numpy())
+
+
+def _show_spectrogram(axes: Axes, picture: Tensor, whole: Tensor) -> None:
+    """(frames, mels), low frequencies at the bottom, in the colours that the whole one would have."""
+    colours = colormaps["magma"].with_extremes(bad=str(GREY))
+    low, high = whole.min().item(), whole.max().item()
+    axes.imshow(picture.T.numpy(), colours, vmin=low, vmax=high, origin="lower", aspect="auto")
+
+
+_SHOW = {"image": _show_image, "audio": _show_spectrogram}
