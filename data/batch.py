@@ -41,17 +41,17 @@ class Batch(NamedTuple):
         keys: the key of each row, in order.
         seeds: (size,) int64, one random seed per row for the augmentation on the device; on the CPU until ``to``.
             None in evaluation: no augmentation.
+        skipped: samples that could not be used and were replaced, see ``data.skips.Skipped``.
         groups: (size,) int64, on the CPU; rows of equal number are of one group and no negatives of each other, those
             below 0 of none. None where nothing is grouped.
-        skipped: samples that could not be used and were replaced, see ``data.skips.Skipped``.
     """
 
     fields: dict[str, Field]
     size: int
     keys: list[str]
     seeds: Tensor | None = None
-    groups: Tensor | None = None
     skipped: tuple[Any, ...] = ()
+    groups: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its values and seeds on ``device``."""

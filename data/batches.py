@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
@@ -24,14 +23,12 @@ class Row(NamedTuple):
     Attributes:
         key: of the sample.
         values: modality -> decoded member.
-        random: random numbers for the worker's half of the augmentation; None for none.
-        seed: for the device's half.
+        seed: for the augmentation; None for none.
         group: number of the sample's group; below 0 for none, None where nothing is grouped.
     """
 
     key: str
     values: dict[str, Any]
-    random: np.random.Generator | None = None
     seed: int | None = None
     group: int | None = None
 
@@ -47,7 +44,7 @@ def collate(
         for name, value in row.values.items():
             if name not in rooms:  # not before: shared memory costs time even where nothing is put
                 rooms[name] = used[name].allocate(size, training)
-            used[name].put(rooms[name], len(present[name]), value, row.random)
+            used[name].put(rooms[name], len(present[name]), value, row.seed)
             present[name].append(number)
         keys.append(row.key)
         seeds.append(row.seed)
@@ -62,7 +59,7 @@ def collate(
         size,
         keys,
         torch.tensor(seeds) if training else None,
-        torch.tensor(groups) if groups and groups[0] is not None else None,
+        groups=torch.tensor(groups) if groups and groups[0] is not None else None,
     )
 
 

@@ -37,6 +37,18 @@ def uniforms(seeds: Tensor, purpose: int, count: int) -> Tensor:
     return numbers
 
 
+def uniform(seed: int, purpose: int) -> float:
+    """The first of ``uniforms``, for one seed and without torch, which would take longer than all else."""
+    mask = 2**64 - 1
+
+    def mix(z: int) -> int:
+        z = (z ^ z >> 30) * (_FIRST & mask) & mask
+        z = (z ^ z >> 27) * (_SECOND & mask) & mask
+        return z ^ z >> 31
+
+    return (mix(mix(seed + purpose * _GOLDEN & mask) + _GOLDEN & mask) >> 11) * 2.0**-53
+
+
 def normals(seeds: Tensor, purpose: int, count: int, quantiles: Tensor) -> Tensor:
     """Independent numbers from a standard normal distribution.
 

@@ -9,6 +9,7 @@ workers read.
 import hashlib
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -110,6 +111,8 @@ class SourceOrder:
         self._epoch = lru_cache(maxsize=2)(self._epoch_tables)
         self._cuts = lru_cache(maxsize=2 * lanes)(self._window_cuts)
         self._drawn = lru_cache(maxsize=2 * lanes)(self._window_order)
+        self._last: dict[int, tuple[int, list[int]]] = {}
+        self.shard_ends: list[int] = self.ends.tolist()  # Python's numbers are faster one by one
 
     def __reduce__(self) -> tuple[type["SourceOrder"], tuple[Any, ...]]:
         # The caches can't be pickled, which a worker process that is not forked needs.
@@ -123,20 +126,35 @@ class SourceOrder:
         """(count,) numbers of the samples ``index``, ``index + 1``, ... of a lane, counted over all shards."""
         parts = []
         while count > 0:
-            epoch = self.epoch(lane, index)
-            first = -((lane - epoch * self.size) // self.lanes)  # the lane's first index in this epoch
-            within = index - first
-            cuts = self._cuts(epoch, lane)
-            window = int(np.searchsorted(cuts, within, side="right")) - 1
-            part = self._drawn(epoch, lane, window)[within - int(cuts[window]) :][:count]
+            epoch, window, within = self._find(lane, index)
+            part = self._drawn(epoch, lane, window)[within:][:count]
             parts.append(part)
             index, count = index + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def number(self, lane: int, index: int) -> int:
+        """``draw`` of one sample, from the last window if it is in there: training asks for one after the other."""
+        begin, numbers = self._last.get(lane, (0, []))
+        if not begin <= index < begin + len(numbers):
+            epoch, window, within = self._find(lane, index)
+            numbers = self._drawn(epoch, lane, window).tolist()
+            begin = index - within
+            self._last[lane] = begin, numbers
+        number: int = numbers[index - begin]
+        return number
 
     def locate(self, numbers: Ints) -> tuple[Ints, Ints]:
         """Numbers counted over all shards -> shards, and samples within them."""
         shards = np.searchsorted(self.ends, numbers, side="right")
         return shards, numbers - self.begins[shards]
+
+    def _find(self, lane: int, index: int) -> tuple[int, int, int]:
+        """Epoch, window and place within the window of a lane's ``index``-th sample."""
+        epoch = self.epoch(lane, index)
+        first = -((lane - epoch * self.size) // self.lanes)  # the lane's first index in this epoch
+        cuts = self._cuts(epoch, lane)
+        window = int(np.searchsorted(cuts, index - first, side="right")) - 1
+        return epoch, window, index - first - int(cuts[window])
 
     def _epoch_tables(self, epoch: int) -> tuple[Ints, Ints, Ints]:
         """The order of the shards (or of all samples), their ends in that order, the lanes' starts and last end."""
@@ -405,8 +423,10 @@ class Order:
     def place(self, slot: Slot) -> Place:
         """Where the sample of a slot lies."""
         source = self.sources[slot.source]
-        shards, samples = source.locate(source.draw(slot.lane, slot.draw, 1))
-        return Place(slot.source, source.epoch(slot.lane, slot.draw), int(shards[0]), int(samples[0]))
+        number = source.number(slot.lane, slot.draw)
+        shard = bisect_right(source.shard_ends, number)
+        sample = number - (source.shard_ends[shard - 1] if shard else 0)
+        return Place(slot.source, source.epoch(slot.lane, slot.draw), shard, sample)
 
 
 def default_lanes(batch_size: int) -> int:

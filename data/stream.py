@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
@@ -271,7 +270,7 @@ class Stream(IterableDataset[Batch]):
                 last = error
                 continue
             key = source.sample(place.shard, place.sample).key
-            return Row(key, values, *random_state(self.seed, self.run_pass, source.name, place.epoch, key), group)
+            return Row(key, values, random_seed(self.seed, self.run_pass, source.name, place.epoch, key), group)
         raise StreamError(f"{source.name}: {attempts} samples in a row can't be used, the last one: {last}")
 
     def _group(self, source: Source, place: Place, name: str) -> int:
@@ -442,8 +441,7 @@ def _message(failure: Exception | None) -> str | None:
     return f"{rank} failed: {type(failure).__name__}: {failure}"
 
 
-def random_state(seed: int, run_pass: int, source: str, epoch: int, key: str) -> tuple[np.random.Generator, int]:
-    """The randomness of one sample's augmentation, wherever and whenever it is read: for the worker, for the device."""
-    digest = hashlib.blake2b(repr((seed, run_pass, source, epoch, key)).encode(), digest_size=24).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return generator, int.from_bytes(digest[16:], "little") >> 1  # an int64
+def random_seed(seed: int, run_pass: int, source: str, epoch: int, key: str) -> int:
+    """Fixes the augmentation of one sample, wherever and whenever it is read: an int64, not below 0."""
+    digest = hashlib.blake2b(repr((seed, run_pass, source, epoch, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -9,10 +9,7 @@ a view, and a field of ``Views``.
 
 import math
 import warnings
-import weakref
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +27,8 @@ from transformers.audio_utils import mel_filter_bank
 
 from data.batch import Batch, Field
 from data.decode import Waveform, decode_audio, decode_image, decode_text
-from data.draws import normal_quantiles, normals, uniforms
+from data.draws import normal_quantiles, normals, uniform, uniforms
+from data.memory import lend
 
 # ASTFeatureExtractor's constants: 25 ms Hann window, 10 ms hop, 512-point transform at 16 kHz.
 SAMPLE_RATE = 16_000
@@ -40,8 +38,8 @@ FFT = 512
 PREEMPHASIS = 0.97
 MEL_FLOOR = 1.192092955078125e-07
 
-# Purposes of random numbers on the device: each has its own stream.
-_CROP, _COLOUR, _SOUND, _NOISE, _MASKS = range(5)
+# Purposes of random numbers: each has its own stream.
+_CROP, _COLOUR, _SOUND, _NOISE, _MASKS, _SPEED, _START = range(7)
 
 
 class View(Protocol):
@@ -53,10 +51,10 @@ class View(Protocol):
     def allocate(self, n: int, training: bool) -> Any:
         """Room for up to n samples of one batch."""
 
-    def put(self, room: Any, i: int, value: Any, random: np.random.Generator | None) -> None:
+    def put(self, room: Any, i: int, value: Any, seed: int | None) -> None:
         """The worker's half of a view: a decoded member into place ``i``, whatever was there.
 
-        ``random`` None gives the deterministic view, and belongs to a room for evaluation.
+        ``seed`` None gives the deterministic view, and belongs to a room for evaluation.
         """
 
     def field(self, room: Any, n: int, tokenizer: PreTrainedTokenizerBase) -> Field:
@@ -116,12 +114,12 @@ class ImageView:
         side = self.load_side if training else self.size
         return _memory((n, side, side, 3), torch.uint8)
 
-    def put(self, room: Tensor, i: int, pixels: npt.NDArray[np.uint8], random: np.random.Generator | None) -> None:
+    def put(self, room: Tensor, i: int, pixels: npt.NDArray[np.uint8], seed: int | None) -> None:
         """(H, W, 3) resized to the room's side; crops and all else that is random happen on the device."""
         side = room.shape[1]
         if pixels.shape[:2] == (side, side):
             room[i] = torch.from_numpy(pixels)
-        elif random is None:
+        elif seed is None:
             # Bilinear with antialiasing: the resampling of ViTImageProcessor, to the bit.
             image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)
             room[i] = torch.from_numpy(np.array(image))
@@ -161,7 +159,7 @@ class TextView:
         """n captions."""
         return [""] * n
 
-    def put(self, room: list[str], i: int, text: str, random: np.random.Generator | None) -> None:
+    def put(self, room: list[str], i: int, text: str, seed: int | None) -> None:
         """The caption as it is; tokens are made per batch, which is faster."""
         room[i] = text
 
@@ -248,20 +246,22 @@ class AudioView:
         samples = _memory((n, self.samples), torch.int16)
         return SoundRoom(samples, np.zeros(n, np.int64), np.zeros(n, np.bool_))
 
-    def put(self, room: SoundRoom, i: int, sound: Waveform, random: np.random.Generator | None) -> None:
+    def put(self, room: SoundRoom, i: int, sound: Waveform, seed: int | None) -> None:
         """At 16 kHz and the random speed, at most ``samples`` long.
 
         Longer clips are cut at random in training and keep their beginning otherwise, as ASTFeatureExtractor does.
         """
         # Whole per cents: a ratio of small numbers resamples five times faster than an odd one.
-        speed = 1.0 if random is None else round(1 + self.speed * random.uniform(-1, 1), 2)
+        speed = 1.0
+        if seed is not None and self.speed > 0:
+            speed = round(1 + self.speed * (2 * uniform(seed, _SPEED) - 1), 2)
         x = sound.samples
         if sound.rate != SAMPLE_RATE or speed != 1.0:
             # One resampling serves both: the target rate and the change of speed.
             x = soxr.resample(sound.floats(), sound.rate * speed, SAMPLE_RATE)
         start, room.cut[i] = 0, len(x) > self.samples
-        if random is not None and len(x) > self.samples:
-            start = int(random.integers(len(x) - self.samples + 1))
+        if seed is not None and len(x) > self.samples:
+            start = int(uniform(seed, _START) * (len(x) - self.samples + 1))
         x = x[start : start + self.samples]
         row = room.samples[i].numpy()
         row[: len(x)] = x if x.dtype == np.int16 else np.rint(np.clip(x * 32768, -32768, 32767))
@@ -529,41 +529,15 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a batch, where touching it and handing it on cost least.
 
     In a worker it is shared with the training process from the start, as torch's own collation does, which saves
-    the copy into shared memory. Elsewhere it is that of an earlier batch, if one of that size is gone: fresh pages
-    cost more than what is written on them.
+    the copy into shared memory. Elsewhere it is that of an earlier batch, if one is gone.
     """
     size = math.prod(shape) * dtype.itemsize
     if get_worker_info() is None:
-        given = torch.from_numpy(_lend(size))
+        given = torch.from_numpy(lend(size))
     else:
         storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
         given = torch.empty(0, dtype=torch.uint8).set_(storage)
     return given.view(dtype).view(shape)
-
-
-# What batches of this process have left behind; of more, the oldest is freed.
-_left: deque[npt.NDArray[np.uint8]] = deque(maxlen=8)
-
-
-def _lend(size: int) -> npt.NDArray[np.uint8]:
-    """(size,) bytes, left for another batch as soon as nothing refers to them any more."""
-    if size < 1 << 20:  # malloc keeps these itself
-        return np.empty(size, np.uint8)
-    owner = None
-    # The garbage collector, or another thread, may leave something or take it at any time. To take and to leave are
-    # single steps, so that nothing is ever lent twice.
-    with suppress(IndexError):
-        for _ in range(len(_left)):
-            left = _left.popleft()
-            if size <= left.size <= 2 * size:
-                owner = left
-                break
-            _left.append(left)
-    if owner is None:
-        owner = np.empty(size, np.uint8)
-    lent = owner[:size]
-    weakref.finalize(lent, _left.append, owner).atexit = False
-    return lent
 
 
 def _like(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data.draws
-from data.draws import normal_quantiles, normals, uniforms
+from data.draws import normal_quantiles, normals, uniform, uniforms
 
 CONSECUTIVE = torch.arange(-500, 500)
 SCATTERED = torch.randint(-(2**63), 2**63 - 1, (1000,), generator=torch.Generator().manual_seed(0))
@@ -31,6 +31,13 @@ def test_hashes_are_splitmix64s() -> None:
         expected = splitmix64(next(start))
         got = data.draws._hashes(torch.tensor([seed]), purpose, 5)[0].tolist()
         assert [value & MASK for value in got] == [next(expected) for _ in range(5)]
+
+
+def test_one_number_without_torch_is_the_first_of_many() -> None:
+    seeds = [0, 1, 2**62 + 12345, 2**63 - 1]
+    for purpose in (0, 1, 6):
+        expected = uniforms(torch.tensor(seeds), purpose, 3)[:, 0].tolist()
+        assert [uniform(seed, purpose) for seed in seeds] == expected
 
 
 def test_seeds_are_left_as_they_are() -> None:

@@ -26,8 +26,6 @@ from data.transforms import (
     TextView,
     View,
     Views,
-    _left,
-    _lend,
     make_field,
 )
 from tests.samples import encode_image, encode_sound, noise, noise_image, tokenizer
@@ -40,17 +38,17 @@ def waveform(sound: Sound) -> Waveform:
     return Waveform(sound.astype(np.float32) / np.float32(32768), 16_000)
 
 
-def for_training(view: View, values: Sequence[Any], random: Any = None) -> Field:
+def for_training(view: View, values: Sequence[Any], seed: int | None = None) -> Field:
     room = view.allocate(len(values), training=True)
     for i, value in enumerate(values):
-        view.put(room, i, value, np.random.default_rng(i) if random is None else random)
+        view.put(room, i, value, i if seed is None else seed)
     return view.field(room, len(values), tokenizer())
 
 
-def heard(view: AudioView, sound: Waveform, random: Any = None) -> Sound:
+def heard(view: AudioView, sound: Waveform, seed: int | None = None) -> Sound:
     """What the worker ships of one sound."""
-    room = view.allocate(1, training=random is not None)
-    view.put(room, 0, sound, random)
+    room = view.allocate(1, training=seed is not None)
+    view.put(room, 0, sound, seed)
     assert not room.samples[0, room.lengths[0] :].any()
     shipped: Sound = room.samples[0, : room.lengths[0]].numpy()
     return shipped
@@ -242,16 +240,6 @@ def test_crops_stay_inside_and_keep_their_share(smallest: float) -> None:
     assert not mirrored.any()
 
 
-class Extreme:
-    """Random numbers at one end of their range."""
-
-    def __init__(self, end: float) -> None:
-        self.end = end
-
-    def uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * self.end
-
-
 def test_crops_of_extreme_draws_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = torch.cartesian_prod(*[torch.tensor([0, 1 - 2**-53], dtype=torch.float64)] * 5)
     monkeypatch.setattr(data.transforms, "uniforms", lambda *_: ends)
@@ -360,7 +348,7 @@ def test_captions_of_a_room_may_be_overwritten() -> None:
     view = TextView()
     room = view.allocate(3, training=True)
     for place, text in ((0, "a cat"), (1, "rain on a tin roof"), (1, "a dog")):
-        view.put(room, place, text, np.random.default_rng(0))
+        view.put(room, place, text, 0)
     assert torch.equal(view.field(room, 2, tokenizer()).x, make_field(view, ["a cat", "a dog"], tokenizer()).x)
 
 
@@ -462,10 +450,9 @@ def peak(sound: Sound) -> float:
 @pytest.mark.parametrize("rate", [8000, 16_000])
 def test_speed_shortens_and_raises_the_pitch_alike(rate: int) -> None:
     tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate).astype(np.float32) * np.float32(0.5)
-    random = np.random.default_rng(0)
     speeds = []
-    for _ in range(25):
-        got = heard(AudioView(frames=200, speed=0.2), Waveform(tone, rate), random)
+    for seed in range(25):
+        got = heard(AudioView(frames=200, speed=0.2), Waveform(tone, rate), seed)
         speeds.append(16_000 / len(got))
         assert peak(got) / 500 == pytest.approx(speeds[-1], abs=0.01)
     assert 0.8 - 1e-3 <= min(speeds) < 0.88
@@ -473,7 +460,8 @@ def test_speed_shortens_and_raises_the_pitch_alike(rate: int) -> None:
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])
-def test_every_speed_that_is_allowed_works(end: float) -> None:
+def test_every_speed_that_is_allowed_works(monkeypatch: pytest.MonkeyPatch, end: float) -> None:
+    monkeypatch.setattr("data.transforms.uniform", lambda seed, purpose: end)
     largest = 0.0
     for speed in np.arange(1, 1000) / 1000:
         try:
@@ -482,7 +470,7 @@ def test_every_speed_that_is_allowed_works(end: float) -> None:
             break
         largest = float(speed)
     view = AudioView(frames=1000, speed=largest)
-    assert len(heard(view, Waveform(noise(800), 16_000), Extreme(end))) > 0
+    assert len(heard(view, Waveform(noise(800), 16_000), 0)) > 0
 
 
 def test_shift_puts_silence_in_front_and_keeps_the_end() -> None:
@@ -519,10 +507,9 @@ def test_long_clips_are_cut_at_random_in_training_only() -> None:
     view = AudioView(frames=2)  # 560 samples
     sound = waveform(np.arange(575).astype(np.int16))
     np.testing.assert_array_equal(heard(view, sound), np.arange(560))
-    random = np.random.default_rng(0)
     starts = set()
-    for _ in range(300):
-        got = heard(view, sound, random)
+    for seed in range(300):
+        got = heard(view, sound, seed)
         starts.add(int(got[0]))
         np.testing.assert_array_equal(got, got[0] + np.arange(560))
     assert starts == set(range(16))
@@ -573,7 +560,7 @@ def test_loud_sound_is_clipped() -> None:
 def test_silence_stays_silence_under_all_augmentation() -> None:
     view = AudioView(frames=4, speed=0.1, shift=0.1, noise=0.5, gain=6)
     silence = np.zeros(500, dtype=np.int16)
-    assert not heard(view, waveform(silence), np.random.default_rng(0)).any()
+    assert not heard(view, waveform(silence), 0).any()
     for got in augmented(view, [silence, silence[:0]] * 5, torch.arange(10)):
         assert not got.any()
 
@@ -615,19 +602,6 @@ def test_training_hears_what_evaluation_hears() -> None:
     torch.testing.assert_close(trained, evaluated, atol=1e-3, rtol=0)
 
 
-def test_memory_is_lent_again_only_when_nothing_refers_to_it() -> None:
-    size = 3_000_000
-    first = _lend(size)
-    address, tensor = first.ctypes.data, torch.from_numpy(first)[5:].view(-1)
-    del first
-    others = [_lend(size) for _ in range(10)]
-    assert address not in [other.ctypes.data for other in others]
-    del tensor
-    assert _lend(size - 1000).ctypes.data == address
-    del others
-    assert len(_left) <= 8
-
-
 def test_a_mask_longer_than_the_clip_covers_at_most_the_clip() -> None:
     view = AudioView(frames=20, mels=16, time_mask=20)
     field = for_training(view, [waveform(noise_sound(0, 400 + 160 * 2)), waveform(noise_sound(0, 100))] * 50)
@@ -654,7 +628,7 @@ def test_on_device_gives_what_the_encoder_reads() -> None:
     text = Field(torch.tensor([[0, 5, 2]]), torch.tensor([1]), torch.ones(1, 3, dtype=torch.bool))
     audio = make_field(AudioView(frames=10, mels=8), [waveform(clips(4)[0][:1500])], tokenizer())
     batch = OnDevice(views)(Batch({"image": image, "text": text, "audio": audio}, 2, ["a", "b"]))
-    assert batch.fields["image"].x[:, 0, 0, 0].tolist() == [-1, 1]
+    assert batch.fields["image"].x[:, 0, 0, 0].tolist() == pytest.approx([-1, 1], abs=2e-7)
     assert torch.equal(batch.fields["text"].x, text.x)
     assert torch.equal(batch.fields["text"].rows, text.rows)
     assert batch.fields["audio"].x.shape == (1, 10, 8)
