@@ -84,17 +84,18 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
         items = iter(loader)
     finally:
         gc.unfreeze()
-    if workers and threading.current_thread() is threading.main_thread():
-        # torch's handler raises of a killed worker wherever the process stands, such as halfway through telling the
-        # other ranks something. Without it the next batch that is asked for raises.
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises of a killed worker wherever the process stands, such as halfway through telling
+            # the other ranks something. Without it the next batch that is asked for raises.
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     try:
         yield from items
     except (RuntimeError, OSError, EOFError) as error:
         if not workers or not _is_death(error):
             raise
+        why = str(error) or type(error).__name__
         yield WorkerError(
-            f"one of data.workers={workers} reading processes died ({error}); the system kills them where memory runs "
+            f"one of data.workers={workers} reading processes died ({why}); the system kills them where memory runs "
             "out, and they die where shared memory (/dev/shm) does"
         )
 
@@ -104,8 +105,10 @@ def _is_death(error: Exception) -> bool:
     text = str(error)
     if text.startswith("Caught "):  # torch's words for the latter
         return False
-    # What torch finds, or a connection over which a dead worker no longer hands on a batch that it announced.
-    return text.startswith("DataLoader worker") or isinstance(error, ConnectionError | FileNotFoundError | EOFError)
+    # What torch finds, or a connection over which a dead worker no longer hands on a batch that it announced; the latter
+    # also ends the thread that pins memory.
+    found = text.startswith(("DataLoader worker", "Pin memory thread"))
+    return found or isinstance(error, ConnectionError | FileNotFoundError | EOFError)
 
 
 class _ErrorsAsValues(IterableDataset[Any]):

@@ -423,10 +423,13 @@ def _first_sight(location: str, cache: Cache | None, stamp: str) -> ShardIndex:
             f"{masked(location)}: there is no {INDEX_SUFFIX} file beside it: put one there (python -m data index makes "
             "it beside a local copy), or set data.cache to a folder, where it is made and kept"
         )
+    changed = _changed(location) if not is_url(location) and Path(location).exists() else None
     index = build_index(location)
     kept = None if cache is None or not is_url(location) else cache.index_of(location)
     try:
         write_index(index, kept)
+        if changed is not None:
+            os.utime(index_path(location), ns=(changed, changed))
     except OSError as error:
         if error.errno in _READ_ONLY:
             _unwritable[location] = index, stamp
@@ -472,11 +475,18 @@ def _check_unchanged(shard: Shard, where: str, size: int) -> None:
     # Tars are padded to whole records, so a shard that was written anew often has its old size.
     # What is copied with its old time of modification still has a new time of change.
     if not is_url(shard.location):
-        state = Path(shard.location).stat()
-        if max(state.st_mtime_ns, state.st_ctime_ns) > Path(where).stat().st_mtime_ns:
+        changed = _changed(shard.location)
+        if changed > Path(where).stat().st_mtime_ns:
             verify(shard)
             with suppress(OSError):  # once is enough, where the index may be touched
-                os.utime(where)
+                os.utime(where, ns=(changed, changed))
+
+
+def _changed(location: str) -> int:
+    """When a local shard was last changed: the time that nobody can set. An index that is dated so, and not by the
+    clock, is older than a shard that takes its shard's place while that is being read.
+    """
+    return Path(location).stat().st_ctime_ns
 
 
 def verify(index: Shard | ShardIndex) -> None:

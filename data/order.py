@@ -241,7 +241,8 @@ class _Part:
         self.begins, self.before = begins, before
         shares = _whole_shares(list(weights.values()))
         self.period = sum(shares)
-        self.shifts = [lane * turns_per_step % self.period for lane in range(len(begins))]
+        # Lanes may begin at different turns. Counted from the run's first turn, they are as far apart as ever.
+        self.shifts = [(begin + lane * turns_per_step) % self.period for lane, begin in enumerate(begins)]
         self.order, places = _spread(tuple(shares))
         self.sources = list(weights)
         self.shares = dict(zip(weights, shares, strict=True))

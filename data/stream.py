@@ -211,7 +211,9 @@ class Stream(IterableDataset[Batch]):
         self.batch_size = batch_size
         self.step = self.begun = self.run_pass = 0
         self.skips = Skips(config.max_bad_fraction)
-        self._bad: dict[tuple[int, int, int], SampleError] = {}  # in this process: need not be decoded again
+        # Bad samples that this process has met: they need not be decoded again. Not the errors themselves, whose
+        # tracebacks hold all that was read.
+        self._bad: dict[tuple[int, int, int], Skipped] = {}
         self.order = make_order(self.sources, config, seed, batch_size)
         lanes = self.order.lanes
         if lanes % world:
@@ -256,22 +258,24 @@ class Stream(IterableDataset[Batch]):
             # From the steps to come: one of this step would be in the batch twice, and be its own negative.
             place = self.order.place(slot._replace(draw=slot.draw + attempt * self.order.per_lane))
             at = (slot.source, place.shard, place.sample)
-            try:
-                if at in self._bad:
-                    raise self._bad[at]
-                values = source.values(place.shard, place.sample, self.views, training=True)
-                group = None if self.config.group is None else self._group(source, place, self.config.group)
-            except SampleError as error:
-                if len(self._bad) < MAX_KEYS:
-                    self._bad[at] = error
-                # Its replacement may be bad, too; that one is counted in the slot of its own.
-                if attempt == 0:
-                    skipped.append(Skipped.of(error))
-                last = error
-                continue
-            key = source.sample(place.shard, place.sample).key
-            return Row(key, values, random_seed(self.seed, self.run_pass, source.name, place.epoch, key), group)
-        raise StreamError(f"{source.name}: {attempts} samples in a row can't be used, the last one: {last}")
+            if at not in self._bad:
+                try:
+                    values = source.values(place.shard, place.sample, self.views, training=True)
+                    group = None if self.config.group is None else self._group(source, place, self.config.group)
+                except SampleError as error:
+                    bad = Skipped.of(error)
+                    if len(self._bad) < MAX_KEYS:
+                        self._bad[at] = bad
+                else:
+                    key = source.sample(place.shard, place.sample).key
+                    seed = random_seed(self.seed, self.run_pass, source.name, place.epoch, key)
+                    return Row(key, values, seed, group)
+            else:
+                bad = self._bad[at]
+            # Its replacement may be bad, too; that one is counted in the slot of its own.
+            if attempt == 0:
+                skipped.append(bad)
+        raise StreamError(f"{source.name}: {attempts} samples in a row can't be used, the last one: {bad.message}")
 
     def _group(self, source: Source, place: Place, name: str) -> int:
         """A number for the value of the field ``name``, the same in every process; -1 for none."""

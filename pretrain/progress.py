@@ -53,7 +53,8 @@ class Progress:
             except StopIteration:
                 return
             except UserError:
-                self._write({})  # for the samples that it may be about
+                # For the samples that it may be about; of the step that was to come, which a resumed run does again.
+                self._write(self.step + 1, {})
                 raise
             self.waited += time.perf_counter() - before
             yield batch
@@ -76,18 +77,18 @@ class Progress:
         seconds, steps = now - self.line_begun, self.step - self.line_first
         rate = steps * self.batch_size / seconds
         remaining = (self.steps - self.step) * (now - self.begun) / (self.step - self.first)
-        skipped = self._write({**means, "samples_per_second": rate, "data_wait": self.waited / seconds})
+        skipped = self._write(self.step, {**means, "samples_per_second": rate, "data_wait": self.waited / seconds})
         self._print(means, rate, self.waited / seconds, skipped, remaining)
         self.window.clear()
         self.line_begun, self.line_first, self.waited = time.perf_counter(), self.step, 0.0
         return means
 
-    def _write(self, values: Mapping[str, float]) -> int:
+    def _write(self, step: int, values: Mapping[str, float]) -> int:
         """Add a line to the file; returns how many samples were skipped since the one before."""
         skipped = self.skips.counts - self.told
         self.told = Counter(self.skips.counts)
         samples = [[*sample, count] for sample, count in skipped.items()]
-        record = {"step": self.step, **values, "skipped": skipped.total(), "skipped_samples": samples}
+        record = {"step": step, **values, "skipped": skipped.total(), "skipped_samples": samples}
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
         return skipped.total()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import fsspec
 import pytest
@@ -339,6 +340,31 @@ def test_a_shard_of_another_size_is_refused(tar: Path) -> None:
         load_index(tar)
     index_path(tar).unlink()
     assert load_index(tar).size == size + 512
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_replaced_while_it_is_hashed_is_seen_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    one, other = (write_tar(tmp_path / f"{name}.tar", [("k.txt", name.encode())]) for name in ("aaa", "bbb"))
+    content = other.read_bytes()
+    if indexed:
+        load_shard(one)
+        one.write_bytes(one.read_bytes())  # as new as it can be, so that it is verified
+    hashing = data.index._sha256
+
+    def slowly(file: Any) -> str:
+        found = hashing(file)
+        time.sleep(0.02)  # the clock of files ticks every few milliseconds
+        other.write_bytes(content)
+        other.replace(one)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.index, "_sha256", slowly)
+        load_shard(one)
+    with pytest.raises(ShardError, match="sha256 is"):
+        load_shard(one)
 
 
 def test_verify_sees_one_changed_bit(tar: Path) -> None:

@@ -423,6 +423,23 @@ def test_no_mixed_batch_strays_two_rows_from_the_shares(trial: int) -> None:
             assert abs(counts[source] - batch * weight / sum(weights)) < 2
 
 
+@pytest.mark.parametrize("trial", range(30))
+def test_when_a_source_has_left_batches_hold_the_shares_of_the_others(trial: int) -> None:
+    random = np.random.default_rng(trial)
+    weights = random.integers(1, 30, 4).tolist()
+    batch = int(random.choice([8, 60, 64, 192, 384]))
+    made = [Supply("abcd"[i], [64 * batch], float(weight)) for i, weight in enumerate(weights)]
+    made[0] = made[0]._replace(sizes=[int(random.integers(1, 20)) * batch // 3], max_epochs=1)
+    made[1] = made[1]._replace(sizes=[int(random.integers(20, 30)) * batch // 3], max_epochs=1)
+    order = Order(made, 0, batch)
+    steps = [Counter(slot.source for slot in order.slots(step, range(order.lanes))) for step in range(200)]
+    last = max(step for step, counts in enumerate(steps) if counts[0] or counts[1])
+    assert last < 190
+    for counts in steps[last + 1 :]:
+        for source in (2, 3):
+            assert abs(counts[source] - batch * weights[source] / sum(weights[2:])) < 2
+
+
 def test_many_limited_sources_take_little_time_and_memory() -> None:
     # They end at nearly the same turn, in another order in each lane.
     made = [Supply(f"s{i}", [1000 + i] * 20, 20.0 * (1000 + i), 3) for i in range(12)]

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from data.batch import Batch
+from data.decode import DECODERS
 from data.errors import UserError
 from data.skips import Skipped, Skips, StreamError
 from data.source import Source
@@ -378,6 +379,23 @@ def test_with_a_fraction_of_zero_the_first_stops(tmp_path: Path) -> None:
         next(stream(source, max_bad_fraction=0.0).batches())
 
 
+def test_bad_samples_keep_nothing_of_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path, [{"txt": b"\xff" * 50}, *({"txt": b"a cat"} for _ in range(11))])
+    made, decoded = stream(source), 0
+    decode = DECODERS["text"]
+
+    def counting(data: bytes, training: bool) -> Any:
+        nonlocal decoded
+        decoded += data.startswith(b"\xff")
+        return decode(data)
+
+    monkeypatch.setattr(made.views["text"], "decode", counting)
+    for step in range(20):
+        made.batch(step)
+    assert decoded == 1  # what is known to be bad is not decoded again
+    assert not any(isinstance(held, BaseException | bytes) for bad in made._bad.values() for held in bad)
+
+
 def test_samples_of_an_equal_field_are_of_one_group(tmp_path: Path) -> None:
     labels = [3, "3", 3, None, {"a": 1, "b": 2}, {"b": 2, "a": 1}, 4, "absent"]
     made = [
@@ -429,6 +447,7 @@ RANKS = """
 import itertools, sys
 import torch.distributed as dist
 from pathlib import Path
+from data.decode import DECODERS
 from data.index import find_shards, load_shards
 from data.skips import StreamError
 from data.source import Source
