@@ -105,8 +105,8 @@ def _is_death(error: Exception) -> bool:
     text = str(error)
     if text.startswith("Caught "):  # torch's words for the latter
         return False
-    # What torch finds, or a connection over which a dead worker no longer hands on a batch that it announced; the latter
-    # also ends the thread that pins memory.
+    # What torch finds, or a connection over which a dead worker no longer hands on a batch that it announced. Where a
+    # thread pins memory, that ends the thread.
     found = text.startswith(("DataLoader worker", "Pin memory thread"))
     return found or isinstance(error, ConnectionError | FileNotFoundError | EOFError)
 

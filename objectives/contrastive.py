@@ -45,6 +45,8 @@ class ContrastiveConfig:
 
     weight: float = 1.0
     """Weight of each pair's term; 0 switches the objective off."""
+    weight_end: float | None = None
+    """Weight at the last step, towards which it moves evenly; null: it stays."""
     loss: str = "info_nce"
     """Allowed: info_nce (CLIP), sigmoid (SigLIP)."""
     temperature: float | None = None
@@ -85,20 +87,24 @@ class Contrastive(nn.Module):
             # So low that the many negatives cost nothing at the start (SigLIP, Zhai et al. 2023, section 3.2).
             self.bias = nn.ParameterDict({name: torch.tensor(-10.0) for name in self.pairs})
 
-    def forward(self, passes: Passes, groups: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, passes: Passes) -> dict[str, Tensor]:
         """A term for every pair that enough samples of all ranks have: two with InfoNCE, one with sigmoid.
 
         All ranks have the same terms, with the same values, also those on which nothing has the pair.
 
         Args:
-            passes: of which the embeddings are read.
+            passes: of which the embeddings are read, and the groups, which all ranks have or none.
+        """
+        return self.terms(passes.embeddings, passes.groups)
+
+    def terms(self, embeddings: Mapping[str, Field], groups: Tensor | None = None) -> dict[str, Tensor]:
+        """As ``forward``, from embeddings (n, E) by modality.
+
+        Args:
+            embeddings: with the rows that they stand for.
             groups: (size,) int64, one per row of the batch: rows of equal group are no negatives of each other. Below
                 0 is a group of one. All ranks pass it, or none does.
         """
-        return self.terms(passes.embeddings, groups)
-
-    def terms(self, embeddings: Mapping[str, Field], groups: Tensor | None = None) -> dict[str, Tensor]:
-        """As ``forward``, from embeddings (n, E) by modality."""
         if not self.pairs:
             return {}
         present = {name: self._common(embeddings, pair, groups) for name, pair in self.pairs.items()}

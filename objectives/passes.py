@@ -32,8 +32,10 @@ class Passes(NamedTuple):
         encoder: the encoder that made them.
         embeddings: modality -> embeddings (n, E) of the unimodal pass, with their rows; not normalised.
         joint: joint passes, one per set of modalities that occurs in the batch.
+        groups: (size,) int64 or None, as in ``Batch``.
     """
 
     encoder: Encoder
     embeddings: dict[str, Field]
     joint: list[JointPass]
+    groups: Tensor | None = None

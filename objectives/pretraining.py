@@ -134,6 +134,7 @@ class Pretraining(nn.Module):
         self.ordinary = nn.Buffer(ordinary, persistent=False)
         if config.masked_language.whole_words and continues is None:
             raise ValueError("objectives.masked_language.whole_words=true: needs to know which ids continue a word")
+        self._idle: dict[tuple[Any, ...], list[str]] = {}
         self.continues: Tensor | None
         self.register_buffer("continues", continues if config.masked_language.whole_words else None, persistent=False)
 
@@ -157,9 +158,16 @@ class Pretraining(nn.Module):
             for term, value in self.objectives[name](passes).items():
                 terms[term], term_weights[term] = value, weight
                 total = total + weight * value
-        learned = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        reaching: Tensor = _Reaches.apply(total, *learned)  # type: ignore[no-untyped-call]
-        return Loss(reaching, terms, term_weights)
+        if torch.is_grad_enabled():
+            # Which parameters a step reaches depends on what there is, not on numbers: it is found out once per case.
+            case = (tuple(batch.fields), whole, tuple(terms), tuple(tuple(joint.inputs) for joint in passes.joint))
+            if case not in self._idle:
+                reached = reached_from(total)
+                learned = ((name, each) for name, each in self.named_parameters() if each.requires_grad)
+                self._idle[case] = [name for name, each in learned if id(each) not in reached]
+            if idle := [self.get_parameter(name) for name in self._idle[case]]:
+                total = _Reaches.apply(total, *idle)  # type: ignore[no-untyped-call]
+        return Loss(total, terms, term_weights)
 
     def passes(self, batch: Batch, seed: int, whole: bool, objectives: Collection[str]) -> Passes:
         """The passes that the ``objectives`` of these names read; for the rest see ``forward``."""
@@ -173,7 +181,7 @@ class Pretraining(nn.Module):
             rows = max(1, round(self.config.joint_share * batch.size))
             groups = group_by_presence(batch, rows)
             joint = [self._joint(group, generator, "masked_language" in objectives) for group in groups]
-        return Passes(self.encoder, embeddings, joint)
+        return Passes(self.encoder, embeddings, joint, batch.groups)
 
     def after_step(self, progress: float) -> None:
         """To be called by all ranks together when the optimiser has made its step: teachers follow what they teach.
@@ -221,8 +229,22 @@ class Pretraining(nn.Module):
         return JointPass(inputs, self.encoder.trunk(streams), splits, chosen)
 
 
+def reached_from(value: Tensor) -> set[int]:
+    """The ids of the parameters that get a gradient when ``value`` goes backward."""
+    nodes, seen, reached = [value.grad_fn], set[Any](), set[int]()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        nodes.extend(following for following, _ in node.next_functions)
+    return reached
+
+
 class _Reaches(torch.autograd.Function):
-    """Gives every parameter a gradient, of zeros where the batch has nothing that it works on.
+    """Gives parameters a gradient of zeros: those on which the batch has nothing to work.
 
     A rank whose batch lacks a modality must still take part when gradients are averaged, and a batch that feeds no
     objective is a step of zeros and no error.

@@ -113,7 +113,7 @@ class Config:
         if self.eval.label is not None and not (self.data.val and self.data.test):
             raise ValueError(f"eval.label={self.eval.label} needs data.val and data.test; null skips the evaluation")
         used = self.data.views.used
-        active = [name for name in OBJECTIVES if getattr(self.objectives, name).weight > 0]
+        active = [name for name in OBJECTIVES if max(self.objectives.weight(name, at) for at in (0, 1)) > 0]
         if not any(OBJECTIVES[name].learns_from(used) for name in active):
             raise ValueError(
                 f"data.views has only {', '.join(used)}, from which none of the objectives of weight above 0 "

@@ -23,7 +23,7 @@ from data.batch import Batch
 from data.errors import UserError
 from data.source import Source
 from data.stream import Stream, open_train
-from data.text import MAX_CAPTIONS, TokenizerConfig, load_tokenizer, train_tokenizer
+from data.text import MAX_CAPTIONS, TokenizerConfig, continues_word, load_tokenizer, train_tokenizer
 from data.transforms import OnDevice
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import find_last, load_checkpoint, save_checkpoint
@@ -82,7 +82,8 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
     encoder.recompute = config.train.recompute
     if config.train.compile:
         encoder.compile_blocks()
-    bare = Pretraining(encoder, config.objectives)
+    continues = continues_word(tokenizer) if config.objectives.masked_language.whole_words else None
+    bare = Pretraining(encoder, config.objectives, continues)
     bare_optimizer = make_optimizer(bare, config.train)
     model, optimizer = accelerator.prepare(bare, bare_optimizer)
     step = 0
@@ -114,12 +115,14 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = rate
         whole = step >= steps * (1 - config.objectives.final_whole)
-        loss: Loss = model(on_device(batch.to(accelerator.device)), seed=step_seed(config.seed, step), whole=whole)
+        inputs, seed = on_device(batch.to(accelerator.device)), step_seed(config.seed, step)
+        loss: Loss = model(inputs, seed=seed, whole=whole, progress=step / steps)
         accelerator.backward(loss.total)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        bare.after_step(step / steps)
         if progress.due:
             check_finite(loss, norm, step)
         values = {"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate, **shares_cut(batch)}

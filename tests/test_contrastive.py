@@ -235,7 +235,7 @@ def test_pairs_are_aligned_by_row_where_modalities_are_missing(kind: str) -> Non
     for parameter in contrastive.parameters():
         with torch.no_grad():
             parameter.fill_(1.0)
-    terms = contrastive(Passes(encoder(), fields, []), groups)
+    terms = contrastive(Passes(encoder(), fields, [], groups))
     # Image and audio share row 0 alone: nothing to contrast with, but something to match.
     assert list(terms) == (["image_text"] if kind == "info_nce" else ["image_text", "image_audio"])
     held = {name: dict(zip(each, fields[name].x, strict=True)) for name, each in rows.items()}

@@ -199,9 +199,9 @@ def test_a_step_sees_its_place_in_the_order_its_seed_and_at_the_end_whole_inputs
     seen: list[tuple[list[str], int, bool]] = []
     forward = Pretraining.forward
 
-    def watch(self: Pretraining, batch: Any, seed: int, whole: bool = False) -> Loss:
+    def watch(self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0) -> Loss:
         seen.append((batch.keys, seed, whole))
-        return forward(self, batch, seed, whole)
+        return forward(self, batch, seed, whole, progress)
 
     monkeypatch.setattr(Pretraining, "forward", watch)
     pretrain.engine.pretrain(tiny_config(tmp_path))
@@ -414,9 +414,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     forward = Pretraining.forward
     calls: list[int] = []
 
-    def spoilt(self: Pretraining, batch: Any, seed: int, whole: bool = False) -> Loss:
+    def spoilt(self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0) -> Loss:
         calls.append(seed)
-        loss = forward(self, batch, seed, whole)
+        loss = forward(self, batch, seed, whole, progress)
         if len(calls) < 3:
             return loss
         terms = {**loss.terms, "image_text": loss.terms["image_text"] * math.nan}
