@@ -219,6 +219,8 @@ def _child(schema: DictConfig, name: Any) -> Any:
     element = schema._metadata.element_type
     if is_dataclass(element):  # a mapping from names of the user's choice
         return OmegaConf.structured(element)
+    if element in (str, int, float, bool):
+        return element
     return schema._get_node(name) if name in schema else None
 
 
@@ -246,6 +248,8 @@ def _misfits(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
             else:
                 allowed = ", ".join(map(str, expected)) or "names of your choice"
                 yield f"{key}: {node} is no section; allowed are its keys: {allowed}"
+        elif isinstance(expected, type) and isinstance(node, DictConfig | ListConfig):
+            yield f"{key}: {node} is no single value"
         elif isinstance(expected, ListConfig):
             if not isinstance(node, ListConfig):
                 yield f"{key}: {node} is no list; allowed is [..., ...]"

@@ -260,6 +260,13 @@ def test_a_bound_of_a_source_names_it(override: str, words: str) -> None:
     assert refusal("data.train.web.weight=2") == "data.train.web.shards is empty: a source has no shards"
 
 
+def test_a_mapping_to_values_takes_any_key() -> None:
+    assert load_config(DIGITS, ["init_from.image=some/model"]).init_from == {"image": "some/model"}
+    assert "init_from: " in refusal("init_from=[a]")
+    assert "init_from.image" in refusal("init_from={image: {a: b}}")
+    assert "did you mean 'init_from'" in refusal("init_form.image=a")
+
+
 def test_a_preset_sets_what_is_not_given(tmp_path: Path) -> None:
     recipe = written(
         tmp_path,

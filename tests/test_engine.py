@@ -17,7 +17,7 @@ from data.shards import write_shards
 from data.skips import Skips, StreamError
 from data.stream import SourceConfig
 from objectives.pretraining import Loss, Pretraining
-from pretrain.checkpoint import CheckpointError, find_last
+from pretrain.checkpoint import CheckpointError, find_last, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
 from pretrain.engine import (
     TrainingError,
@@ -28,6 +28,7 @@ from pretrain.engine import (
     start_accelerator,
     step_seed,
 )
+from pretrain.export import export
 from pretrain.progress import Progress, duration
 from pretrain.run import skipped_samples
 from tests.tiny import BATCH_SIZE, COUNTS, STEPS, tiny_config, tiny_encoder, tiny_tokenizer, tiny_trained_state
@@ -324,6 +325,20 @@ def test_nothing_skipped_is_missing_from_the_metrics(tmp_path: Path) -> None:
     with pytest.raises(StreamError, match="max_bad_fraction=0"):
         pretrain.engine.pretrain(config)
     assert told("ended") >= 1
+
+
+def test_a_run_may_begin_with_an_export_and_a_resumed_one_goes_on(
+    tmp_path: Path, whole: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = export(*load_encoder(whole.checkpoint), tmp_path / "export")["image"]
+    settings = [f"init_from.image={exported}", "train.learning_rate=1e-9", "train.save_every=1"]
+    checkpoint = pretrain.engine.pretrain(tiny_config(tmp_path, *settings, "train.steps=1"))
+    assert f"initial   image from {exported}: loaded " in capsys.readouterr().out
+    given, got = load_encoder(whole.checkpoint)[0].state_dict(), load_encoder(checkpoint)[0].state_dict()
+    for name in ("blocks.1.feed_forward.all.fc1.weight", "tokenizers.image.positions"):
+        torch.testing.assert_close(got[name], given[name], rtol=0, atol=1e-6)
+    pretrain.engine.pretrain(tiny_config(tmp_path, *settings, "train.steps=2"))
+    assert "initial" not in capsys.readouterr().out
 
 
 def test_other_data_may_begin_a_new_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
