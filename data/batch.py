@@ -53,6 +53,37 @@ class Batch(NamedTuple):
     skipped: tuple[Any, ...] = ()
     groups: Tensor | None = None
 
+    def split(self, parts: int) -> "list[Batch]":
+        """Equal parts of consecutive rows; ``skipped`` stays with the first.
+
+        Raises:
+            ValueError: parts that don't divide the rows.
+        """
+        if self.size % parts:
+            raise ValueError(f"{parts} parts of {self.size} rows: they must divide them")
+        if parts == 1:
+            return [self]
+        size, made = self.size // parts, []
+        for first in range(0, self.size, size):
+            rows = slice(first, first + size)
+            fields = {}
+            for name, field in self.fields.items():
+                chosen = ((field.rows >= first) & (field.rows < first + size)).nonzero()[:, 0]
+                if len(chosen):
+                    part = field.select(chosen)
+                    fields[name] = part._replace(rows=part.rows - first)
+            made.append(
+                Batch(
+                    fields,
+                    size,
+                    self.keys[rows],
+                    None if self.seeds is None else self.seeds[rows],
+                    self.skipped if first == 0 else (),
+                    None if self.groups is None else self.groups[rows],
+                )
+            )
+        return made
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its values and seeds on ``device``."""
         fields = {

@@ -51,6 +51,9 @@ class ContrastiveConfig:
     """Allowed: info_nce (CLIP), sigmoid (SigLIP)."""
     temperature: float | None = None
     """Temperature at the start; each pair learns its own. null takes 0.07 for info_nce and 0.1 for sigmoid."""
+    cached: bool = True
+    """With train.accumulate above 1, contrast all micro-batches of a step as one batch, at the price of a second
+    forward pass (GradCache); false: each with itself."""
     tile: int = TILE
     """Rows of similarities that are in memory at a time; it changes memory and speed, not the result."""
 

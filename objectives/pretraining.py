@@ -1,7 +1,7 @@
 """One step's objectives as one module with one forward: unimodal passes, joint pass, named losses."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from types import MappingProxyType
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch, Field
-from objectives.contrastive import Contrastive, ContrastiveConfig
+from objectives.contrastive import Contrastive, ContrastiveConfig, embedding_gradients, with_gradients
 from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig
 from objectives.masking import MASKS, mask_tokens, split_patches
@@ -113,6 +113,27 @@ class Loss(NamedTuple):
     weights: Mapping[str, float] = MappingProxyType({})
 
 
+class Contrast(NamedTuple):
+    """What contrasting a whole batch means for one of its micro-batches (GradCache, Gao et al. 2021).
+
+    Attributes:
+        terms: name -> scalar, the losses of the whole batch; without a graph.
+        embeddings: modality -> (n, E), the gradient of the sum of the terms, times the number of micro-batches.
+        parameters: name -> gradient, likewise; with one micro-batch only.
+    """
+
+    terms: dict[str, Tensor]
+    embeddings: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+    def pull(self, embeddings: Mapping[str, Field], parameters: Mapping[str, Tensor]) -> Tensor:
+        """A zero with these gradients."""
+        inputs = {name: field.x for name, field in embeddings.items()}
+        inputs |= {name: parameters[name] for name in self.parameters}
+        zero = torch.zeros((), device=next(iter(parameters.values())).device)
+        return with_gradients(zero, {**self.embeddings, **self.parameters}, inputs)
+
+
 class Pretraining(nn.Module):
     """Encoder and objectives. One ``forward``, so that a wrapper for data parallelism sees one call."""
 
@@ -138,7 +159,9 @@ class Pretraining(nn.Module):
         self.continues: Tensor | None
         self.register_buffer("continues", continues if config.masked_language.whole_words else None, persistent=False)
 
-    def forward(self, batch: Batch, seed: int, whole: bool = False, progress: float = 0.0) -> Loss:
+    def forward(
+        self, batch: Batch, seed: int, whole: bool = False, progress: float = 0.0, contrast: "Contrast | None" = None
+    ) -> Loss:
         """The losses of a batch as ``OnDevice`` gives it.
 
         Args:
@@ -146,6 +169,7 @@ class Pretraining(nn.Module):
             seed: fixes which patches and tokens are hidden.
             whole: the unimodal pass sees whole inputs.
             progress: share of the run's steps that are done, 0 .. 1; weights may depend on it.
+            contrast: of a micro-batch, what `contrast_together` found; it is not contrasted again.
         """
         weights = {name: self.config.weight(name, progress) for name in self.objectives}
         active = {name: weight for name, weight in weights.items() if weight > 0}
@@ -153,14 +177,21 @@ class Pretraining(nn.Module):
 
         total = torch.zeros((), device=self.ordinary.device)
         terms: dict[str, Tensor] = {}
-        term_weights = {}
+        term_weights: dict[str, float] = {}
         for name, weight in active.items():
+            if name == "contrastive" and contrast is not None:
+                found = contrast.pull(passes.embeddings, dict(self.objectives[name].named_parameters()))
+                total = total + weight * (found + sum(contrast.terms.values()))
+                terms |= contrast.terms
+                term_weights |= dict.fromkeys(contrast.terms, weight)
+                continue
             for term, value in self.objectives[name](passes).items():
                 terms[term], term_weights[term] = value, weight
                 total = total + weight * value
         if torch.is_grad_enabled():
             # Which parameters a step reaches depends on what there is, not on numbers: it is found out once per case.
-            case = (tuple(batch.fields), whole, tuple(terms), tuple(tuple(joint.inputs) for joint in passes.joint))
+            joint = tuple(tuple(joint.inputs) for joint in passes.joint)
+            case = (tuple(batch.fields), whole, tuple(terms), joint, contrast and tuple(contrast.parameters))
             if case not in self._idle:
                 reached = reached_from(total)
                 learned = ((name, each) for name, each in self.named_parameters() if each.requires_grad)
@@ -168,6 +199,37 @@ class Pretraining(nn.Module):
             if idle := [self.get_parameter(name) for name in self._idle[case]]:
                 total = _Reaches.apply(total, *idle)  # type: ignore[no-untyped-call]
         return Loss(total, terms, term_weights)
+
+    def contrast_together(
+        self, batches: Sequence[Batch], seeds: Sequence[int], whole: bool = False
+    ) -> "list[Contrast]":
+        """Contrast micro-batches as one batch, together with those of other ranks, before each goes forward.
+
+        Args:
+            batches: as ``OnDevice`` gives them.
+            seeds: of each, the one with which it goes forward: it will see the same patches then.
+            whole: as in ``forward``.
+
+        Returns:
+            for each micro-batch what ``forward`` takes. The mean of their losses has the gradients of the whole.
+        """
+        objective = self.objectives["contrastive"]
+        if not isinstance(objective, Contrastive):
+            raise TypeError(f"contrastive is a {type(objective).__name__}")
+        with torch.no_grad():
+            embeddings = [
+                self.passes(batch, seed, whole, ["contrastive"]).embeddings
+                for batch, seed in zip(batches, seeds, strict=True)
+            ]
+        groups = [batch.groups for batch in batches if batch.groups is not None]
+        found = embedding_gradients(objective, embeddings, [batch.size for batch in batches], groups or None)
+        parts = len(batches)
+        # Scales and biases are learned once, with the last micro-batch.
+        parameters: list[dict[str, Tensor]] = [{} for _ in batches[1:]] + [found.parameters]
+        return [
+            Contrast(found.terms, *({name: parts * each for name, each in pulls.items()} for pulls in pair))
+            for pair in zip(found.embeddings, parameters, strict=True)
+        ]
 
     def passes(self, batch: Batch, seed: int, whole: bool, objectives: Collection[str]) -> Passes:
         """The passes that the ``objectives`` of these names read; for the rest see ``forward``."""

@@ -31,6 +31,8 @@ class TrainConfig:
     """Optimiser steps in all."""
     batch_size: int = 256
     """Samples per step."""
+    accumulate: int = 1
+    """Micro-batches that a step goes through one after the other, which takes less memory; they divide batch_size."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
@@ -60,6 +62,10 @@ class TrainConfig:
         for name in ("steps", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: allowed is 1 or more")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate}: allowed is a divisor of train.batch_size={self.batch_size}"
+            )
         if self.batch_size < 2:
             raise ValueError(f"train.batch_size={self.batch_size}: allowed is 2 or more; contrast needs two samples")
         for name in ("learning_rate", "clip_norm"):

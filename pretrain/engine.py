@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from data.source import Source
 from data.stream import Stream, open_train
 from data.text import MAX_CAPTIONS, TokenizerConfig, continues_word, load_tokenizer, train_tokenizer
 from data.transforms import OnDevice
-from objectives.pretraining import Loss, Pretraining
+from objectives.pretraining import Contrast, Loss, Pretraining
 from pretrain.checkpoint import find_last, load_checkpoint, save_checkpoint
 from pretrain.config import Config, ConfigError, TrainConfig, to_yaml
 from pretrain.initial import load_initial
@@ -115,9 +116,8 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = rate
         whole = step >= steps * (1 - config.objectives.final_whole)
-        inputs, seed = on_device(batch.to(accelerator.device)), step_seed(config.seed, step)
-        loss: Loss = model(inputs, seed=seed, whole=whole, progress=step / steps)
-        accelerator.backward(loss.total)
+        inputs = on_device(batch.to(accelerator.device)).split(config.train.accumulate)
+        loss = go_backward(accelerator, model, inputs, step_seed(config.seed, step), whole, step / steps)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -133,6 +133,31 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
             )
             if step == steps:
                 return saved
+
+
+def go_backward(
+    accelerator: Accelerator, model: nn.Module, inputs: Sequence[Batch], seed: int, whole: bool, progress: float
+) -> Loss:
+    """Forward and backward, one micro-batch after the other; returns the means of their losses."""
+    bare: Pretraining = accelerator.unwrap_model(model)
+    seeds = [seed] if len(inputs) == 1 else [step_seed(seed, part) for part in range(len(inputs))]
+    contrasts: list[Contrast | None] = [None] * len(inputs)
+    config = bare.config
+    if len(inputs) > 1 and config.contrastive.cached and config.weight("contrastive", progress) > 0:
+        with accelerator.autocast():
+            contrasts = [*bare.contrast_together(inputs, seeds, whole)]
+    losses: list[Loss] = []
+    for part, (batch, its_seed, contrast) in enumerate(zip(inputs, seeds, contrasts, strict=True), 1):
+        # Ranks exchange gradients once, with the last.
+        with nullcontext() if part == len(inputs) else accelerator.no_sync(model):
+            loss: Loss = model(batch, seed=its_seed, whole=whole, progress=progress, contrast=contrast)
+            accelerator.backward(loss.total / len(inputs))
+        losses.append(Loss(loss.total.detach(), {name: term.detach() for name, term in loss.terms.items()}))
+    if len(losses) == 1:
+        return losses[0]
+    names = {name: None for loss in losses for name in loss.terms}
+    means = {name: torch.stack([loss.terms[name] for loss in losses if name in loss.terms]).mean() for name in names}
+    return Loss(torch.stack([loss.total for loss in losses]).mean(), means)
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

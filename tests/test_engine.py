@@ -200,7 +200,9 @@ def test_a_step_sees_its_place_in_the_order_its_seed_and_at_the_end_whole_inputs
     seen: list[tuple[list[str], int, bool]] = []
     forward = Pretraining.forward
 
-    def watch(self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0) -> Loss:
+    def watch(
+        self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0, contrast: Any = None
+    ) -> Loss:
         seen.append((batch.keys, seed, whole))
         return forward(self, batch, seed, whole, progress)
 
@@ -429,7 +431,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     forward = Pretraining.forward
     calls: list[int] = []
 
-    def spoilt(self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0) -> Loss:
+    def spoilt(
+        self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0, contrast: Any = None
+    ) -> Loss:
         calls.append(seed)
         loss = forward(self, batch, seed, whole, progress)
         if len(calls) < 3:
