@@ -66,7 +66,7 @@ class ObjectivesConfig:
     """What the joint pass sees; the other patches are predicted."""
     joint_mask: MaskConfig = field(default_factory=MaskConfig)
     """Which patches the joint pass does not see."""
-    joint_share: float = 1.0
+    joint_share: float = 0.25
     """Share of the batch that takes the joint pass. Contrastive learning wants large batches, masking does not."""
     final_whole: float = 0.05
     """The unimodal pass sees whole inputs in this last share of the steps, since exports always do."""

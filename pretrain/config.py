@@ -57,6 +57,10 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    pictures: bool = True
+    """With each checkpoint, a picture of inputs, masks and reconstructions in `out`/pictures; needs matplotlib."""
+    gradients_every: int | None = None
+    """Steps between two looks at how strongly each loss pulls at the trunk, and in which direction; null: never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep"):
@@ -79,6 +83,8 @@ class TrainConfig:
             raise ValueError(f"train.weight_decay={self.weight_decay}: allowed is 0 or more")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"train.precision={self.precision}: allowed are auto, fp32, bf16")
+        if self.gradients_every is not None and self.gradients_every < 1:
+            raise ValueError(f"train.gradients_every={self.gradients_every}: allowed is 1 or more, or null")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"train.threads={self.threads}: allowed is 1 or more, or null")
 

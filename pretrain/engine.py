@@ -1,6 +1,7 @@
 """The training run: build everything from a Config, then one loop that reads on a screen."""
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,11 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch
 from data.errors import UserError
+from data.index import write_whole
 from data.source import Source
 from data.stream import Stream, open_train
 from data.text import MAX_CAPTIONS, TokenizerConfig, continues_word, load_tokenizer, train_tokenizer
 from data.transforms import OnDevice
-from objectives.pretraining import Contrast, Loss, Pretraining
+from objectives.pretraining import Contrast, Loss, Pretraining, trunk_gradients
 from pretrain.checkpoint import find_last, load_checkpoint, save_checkpoint
 from pretrain.config import Config, ConfigError, TrainConfig, to_yaml
 from pretrain.initial import load_initial
@@ -117,7 +119,11 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
             group["lr"] = rate
         whole = step >= steps * (1 - config.objectives.final_whole)
         inputs = on_device(batch.to(accelerator.device)).split(config.train.accumulate)
-        loss = go_backward(accelerator, model, inputs, step_seed(config.seed, step), whole, step / steps)
+        seed = step_seed(config.seed, step)
+        values: dict[str, torch.Tensor | float] = {}
+        if config.train.gradients_every is not None and step % config.train.gradients_every == 0:
+            values |= pulls(accelerator, bare, inputs[0], seed, whole, step / steps)
+        loss = go_backward(accelerator, model, inputs, seed, whole, step / steps)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -125,12 +131,14 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
         bare.after_step(step / steps)
         if progress.due:
             check_finite(loss, norm, step)
-        values = {"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate, **shares_cut(batch)}
+        values |= {"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate, **shares_cut(batch)}
         progress.update(values)
         if step % config.train.save_every == 0 or step == steps:
             saved = save_checkpoint(
                 checkpoints, step, bare, tokenizer, bare_optimizer, stream, identity, config.train.keep
             )
+            if config.train.pictures:
+                draw(bare, inputs[0], seed, Path(config.out) / "pictures" / f"step-{step:08}.png")
             if step == steps:
                 return saved
 
@@ -158,6 +166,26 @@ def go_backward(
     names = {name: None for loss in losses for name in loss.terms}
     means = {name: torch.stack([loss.terms[name] for loss in losses if name in loss.terms]).mean() for name in names}
     return Loss(torch.stack([loss.total for loss in losses]).mean(), means)
+
+
+def pulls(
+    accelerator: Accelerator, bare: Pretraining, batch: Batch, seed: int, whole: bool, progress: float
+) -> dict[str, float]:
+    """`trunk_gradients` of a batch, on a pass of its own."""
+    with accelerator.autocast():
+        loss = bare(batch, seed=seed, whole=whole, progress=progress)
+    return trunk_gradients(loss, bare.encoder.blocks.parameters())
+
+
+def draw(bare: Pretraining, batch: Batch, seed: int, path: Path) -> None:
+    """Write a picture of what the model makes of a batch, if it reconstructs anything and matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from pretrain.pictures import draw_step  # matplotlib takes its time
+
+    if (picture := draw_step(bare, batch, seed)) is not None:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, picture)
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:

@@ -95,6 +95,7 @@ class Progress:
 
     def _print(self, means: Mapping[str, float], rate: float, waited: float, skipped: int, remaining: float) -> None:
         hidden = {"learning_rate", *(name for name, value in means.items() if name.startswith("cut_") and value == 0)}
+        hidden |= {name for name in means if name.startswith("trunk_")}  # a number for each two losses
         values = "  ".join(f"{name} {value:.3g}" for name, value in means.items() if name not in hidden)
         print(
             f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {values}  {rate:.0f} samples/s  "

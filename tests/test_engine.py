@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import pretrain.engine
@@ -327,6 +328,20 @@ def test_nothing_skipped_is_missing_from_the_metrics(tmp_path: Path) -> None:
     with pytest.raises(StreamError, match="max_bad_fraction=0"):
         pretrain.engine.pretrain(config)
     assert told("ended") >= 1
+
+
+def test_pulls_at_the_trunk_and_pictures_are_kept_and_change_nothing(tmp_path: Path, whole: Run) -> None:
+    config = tiny_config(tmp_path, "train.gradients_every=3")
+    checkpoint = pretrain.engine.pretrain(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("trunk_norm/image_text", 0) > 0 for line in lines)
+    assert all(abs(line.get("trunk_cosine/image_text/masked_image", 0)) <= 1 for line in lines)
+    pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
+    assert pictures[-1] == f"step-{config.train.steps:08}.png"
+    with Image.open(tmp_path / "run" / "pictures" / pictures[-1]) as picture:
+        assert min(picture.size) > 100
+    one, other = (load_encoder(each)[0].state_dict() for each in (checkpoint, whole.checkpoint))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_a_run_may_begin_with_an_export_and_a_resumed_one_goes_on(

@@ -30,7 +30,7 @@ from pretrain.model.tokenizers import ModelConfig
 from tests.samples import MODEL, VOCABULARY, batch, encoder, images, texts
 
 REGION = MaskedRegionConfig(decoder_width=16, decoder_heads=2)
-CONFIG = ObjectivesConfig(masked_region=REGION, joint_keep=KeepConfig(0.5, 0.5))
+CONFIG = ObjectivesConfig(masked_region=REGION, joint_keep=KeepConfig(0.5, 0.5), joint_share=1.0)
 TERMS = {"image_text", "image_audio", "text_audio", "masked_language", "masked_image", "masked_audio"}
 
 

@@ -18,7 +18,7 @@ from pretrain.pictures import draw, draw_step, replace_patches
 from tests.samples import batch, encoder
 
 REGION = MaskedRegionConfig(decoder_width=16, decoder_heads=2, teacher=TeacherConfig(layers=1))
-CONFIG = ObjectivesConfig(masked_region=REGION, joint_keep=KeepConfig(0.5, 0.5))
+CONFIG = ObjectivesConfig(masked_region=REGION, joint_keep=KeepConfig(0.5, 0.5), joint_share=1.0)
 
 
 def joint_pass(presence: list[str]) -> tuple[Pretraining, JointPass]:

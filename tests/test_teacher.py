@@ -29,6 +29,7 @@ PREFIX = {"image": 1, "audio": 2}
 def settings(target: str, **changes: Any) -> ObjectivesConfig:
     region = MaskedRegionConfig(target=target, decoder_width=16, decoder_heads=2, teacher=TEACHER)
     return ObjectivesConfig(
+        joint_share=1.0,
         contrastive=ContrastiveConfig(weight=0),
         masked_language=MaskedLanguageConfig(weight=1),
         masked_region=dataclasses.replace(region, **changes),

@@ -137,7 +137,8 @@ class Encoder(nn.Module):
         Returns:
             modality -> states (n, N, D).
         """
-        x = torch.cat([tokens.x for tokens in streams.values()], dim=1)
+        xs = [tokens.x for tokens in streams.values()]
+        x = xs[0] if len(xs) == 1 else torch.cat(xs, dim=1)
         valid = None
         if any(tokens.valid is not None for tokens in streams.values()):
             valid = torch.cat([_valid(tokens) for tokens in streams.values()], dim=1)
