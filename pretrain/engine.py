@@ -172,8 +172,10 @@ def pulls(
     accelerator: Accelerator, bare: Pretraining, batch: Batch, seed: int, whole: bool, progress: float
 ) -> dict[str, float]:
     """`trunk_gradients` of a batch, on a pass of its own."""
+    bare.eval()  # there is no dropout; but objectives gather statistics of what they train on, and this is only a look
     with accelerator.autocast():
         loss = bare(batch, seed=seed, whole=whole, progress=progress)
+    bare.train()
     return trunk_gradients(loss, bare.encoder.blocks.parameters())
 
 

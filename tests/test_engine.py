@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pretrain.engine
@@ -341,6 +342,23 @@ def test_pulls_at_the_trunk_and_pictures_are_kept_and_change_nothing(tmp_path: P
     with Image.open(tmp_path / "run" / "pictures" / pictures[-1]) as picture:
         assert min(picture.size) > 100
     one, other = (load_encoder(each)[0].state_dict() for each in (checkpoint, whole.checkpoint))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_look_at_the_pulls_leaves_the_centres_of_prototypes_alone(tmp_path: Path) -> None:
+    settings = [
+        "train.steps=4",
+        "train.accumulate=2",
+        "objectives.masked_region.target=kl",
+        "objectives.masked_region.teacher.layers=1",
+    ]
+    states = []
+    for number, more in enumerate(([], ["train.gradients_every=1"])):
+        (folder := tmp_path / str(number)).mkdir()
+        checkpoint = pretrain.engine.pretrain(tiny_config(folder, *settings, *more))
+        states.append(load_file(checkpoint / "objectives.safetensors"))
+    one, other = states
+    assert any("centres" in name for name in one)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
