@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant for each")
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS, ALONE], help="which variants; all if not given")
     parser.add_argument("--rounds", type=int, default=3, help="times that each variant's steps are timed")
+    parser.add_argument("--threads", type=int, help="of the runs, where they share the machine; not of the timing")
     parser.add_argument("--results", type=Path, help="file that keeps what is done, a JSON object per line")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all variants")
     arguments = parser.parse_intermixed_args()
@@ -267,6 +268,7 @@ def main() -> None:
                     found = [each for each in earlier if each.items() >= line.items()]
                     if not found:
                         config = load_config(recipe, [*common, *own, f"seed={seed}", f"out={scratch / 'run'}"])
+                        config.train.threads = arguments.threads
                         config.train.steps = max(1, round(arguments.seconds / taken[variant]))
                         line |= {"seconds_per_step": taken[variant], "steps": config.train.steps}
                         found = [{**line, **score(task, config, train)}]
