@@ -230,7 +230,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with digits/ and clipart/")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which of them")
     parser.add_argument("--seconds", type=float, default=120, help="training time of each run")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="a run of each variant for each; none: only timing")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="a run of each variant for each; none: only timing"
+    )
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS, ALONE], help="which variants; all if not given")
     parser.add_argument("--rounds", type=int, default=3, help="times that each variant's steps are timed")
     parser.add_argument("--threads", type=int, help="of the runs, where they share the machine; not of the timing")

@@ -264,7 +264,7 @@ class Pretraining(nn.Module):
             if isinstance(tokenizer, PatchTokenizer) and not whole:
                 share = getattr(self.config.keep, name)
                 keep = split_patches(len(inputs.x), tokenizer.grid, share, generator).visible
-            features = self.encoder.pool(name, self.encoder.encode(name, inputs, keep))
+            features = self.encoder.features(name, inputs, keep)
             embeddings[name] = Field(self.encoder.project(name, features), inputs.rows)
         return embeddings
 

@@ -238,10 +238,53 @@ def test_a_joint_pass_of_one_modality_is_the_unimodal_pass(modality: str) -> Non
     assert list(joint) == [modality]
     features = model.pool(modality, joint[modality])
     got_features, got_embeddings = model(modality, inputs)
-    assert torch.equal(got_features, features)
-    assert torch.equal(got_embeddings, model.project(modality, features))
+    torch.testing.assert_close(got_features, features, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got_embeddings, model.project(modality, features), rtol=0, atol=1e-6)
     assert features.shape == (3, 32)
     assert got_embeddings.shape == (3, 16)
+
+
+@pytest.mark.parametrize("sharing", ["all", "none"])
+@pytest.mark.parametrize("modality", ["image", "text", "audio"])
+def test_states_that_pooling_does_not_read_are_not_made_and_not_missed(modality: str, sharing: str) -> None:
+    model = encoder(model=dataclasses.replace(MODEL, sharing=sharing)).double()
+    inputs = field(modality, 3)
+    inputs = inputs if modality == "text" else inputs._replace(x=inputs.x.double())
+    keep = None if modality == "text" else every_order(3, 8)[:, :5]
+
+    def gradients(features: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.autograd.backward((features * torch.linspace(-1, 1, 32, dtype=torch.float64)).sum())
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole = model.pool(modality, model.encode(modality, inputs, keep))
+    expected = gradients(whole)
+    for model.recompute in (False, True):
+        features = model.features(modality, inputs, keep)
+        torch.testing.assert_close(features, whole, rtol=1e-12, atol=1e-12)
+        got = gradients(features)
+        assert got.keys() == expected.keys()
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+    made: list[int] = []
+    with torch.no_grad():
+        hooks = [
+            part.register_forward_hook(lambda _, __, out: made.append(out.shape[1]))
+            for name, part in model.blocks.named_modules()
+            if name.endswith("fc1")
+        ]
+        model.features(modality, inputs, keep)
+    for hook in hooks:
+        hook.remove()
+    assert made[-1] == {"image": 1, "text": 1, "audio": 2}[modality]
+    assert all(each > 2 for each in made[:-1])
+
+
+def test_the_first_states_alone_can_be_had_of_one_stream_only() -> None:
+    model = encoder()
+    streams = {name: model.tokens(name, field(name, 2)) for name in ("image", "audio")}
+    with pytest.raises(ValueError, match="of one stream"):
+        model.trunk(streams, first=1)
 
 
 def test_a_joint_pass_is_one_sequence_in_any_order() -> None:

@@ -30,6 +30,8 @@ SCHEMA = 2
 class ImageHead(nn.Module):
     """The class token, and a linear projection (ViTModel's pooler, made an identity)."""
 
+    pooled = 1  # first tokens that ``pool`` reads
+
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
         self.projection = nn.Linear(width, embed_dim)
@@ -46,6 +48,8 @@ class ImageHead(nn.Module):
 
 class TextHead(nn.Module):
     """RoBERTa's pooler, tanh(dense(first token)), and a projection without bias."""
+
+    pooled = 1  # first tokens that ``pool`` reads
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -64,6 +68,8 @@ class TextHead(nn.Module):
 
 class AudioHead(nn.Module):
     """The mean of the two prefix tokens, and LayerNorm with a linear projection: ASTModel's pooling and head."""
+
+    pooled = 2  # first tokens that ``pool`` reads
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -126,17 +132,21 @@ class Encoder(nn.Module):
         patches: Tensor = tokenizer.patchify(x)
         return patches
 
-    def trunk(self, streams: dict[str, Tokens], last: int | None = None) -> dict[str, Tensor]:
+    def trunk(self, streams: dict[str, Tokens], last: int | None = None, first: int | None = None) -> dict[str, Tensor]:
         """Attend over the tokens of all streams as one sequence.
 
         Args:
             streams: modality -> tokens of the same n samples.
             last: of how many last blocks the mean is wanted, each normalised without weights (data2vec, Baevski et
                 al. 2022, section 3.3). None: of none of them, but what follows the last LayerNorm.
+            first: of a single stream, how many of its first tokens' states are wanted; the last block then makes no
+                others. None: all.
 
         Returns:
             modality -> states (n, N, D).
         """
+        if first is not None and (len(streams) > 1 or last is not None):
+            raise ValueError("the first tokens alone can be had of one stream, after the last LayerNorm")
         xs = [tokens.x for tokens in streams.values()]
         x = xs[0] if len(xs) == 1 else torch.cat(xs, dim=1)
         valid = None
@@ -145,12 +155,14 @@ class Encoder(nn.Module):
         lengths = {name: tokens.x.shape[1] for name, tokens in streams.items()}
         total = torch.zeros((), device=x.device)
         for i, block in enumerate(self.blocks, start=1):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, valid, lengths, use_reentrant=False, preserve_rng_state=False)  # no dropout
+            wanted = first if i == len(self.blocks) else None
+            if self.recompute and torch.is_grad_enabled():  # there is no dropout, so no random state
+                x = checkpoint(block, x, valid, lengths, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, valid, lengths)
+                x = block(x, valid, lengths, wanted)
             if last is not None and i > len(self.blocks) - last:
                 total = total + F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        lengths = lengths if first is None else dict.fromkeys(lengths, x.shape[1])
         x = apart(self.norm, "forward", x, lengths) if last is None else total / last
         return dict(zip(streams, torch.split(x, list(lengths.values()), dim=1), strict=True))
 
@@ -162,6 +174,12 @@ class Encoder(nn.Module):
     def encode(self, modality: str, field: Field, keep: Tensor | None = None) -> Tensor:
         """One modality alone: states (n, N, D)."""
         return self.trunk({modality: self.tokens(modality, field, keep)})[modality]
+
+    def features(self, modality: str, field: Field, keep: Tensor | None = None) -> Tensor:
+        """One modality alone: features (n, D). As ``pool`` of ``encode``, without states that it does not read."""
+        head: Any = self.heads[modality]
+        streams = {modality: self.tokens(modality, field, keep)}
+        return self.pool(modality, self.trunk(streams, first=head.pooled)[modality])
 
     def pool(self, modality: str, states: Tensor) -> Tensor:
         """States (n, N, D) -> features (n, D): what probes read and exports return as ``pooler_output``."""
@@ -176,7 +194,7 @@ class Encoder(nn.Module):
 
     def forward(self, modality: str, field: Field) -> tuple[Tensor, Tensor]:
         """One modality alone, whole: features (n, D) and embeddings (n, E)."""
-        features = self.pool(modality, self.encode(modality, field))
+        features = self.features(modality, field)
         return features, self.project(modality, features)
 
     def save(self, folder: Path) -> None:

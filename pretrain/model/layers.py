@@ -86,16 +86,26 @@ class Block(nn.Module):
         self.attention = nn.ModuleDict({key: Attention(width, heads) for key in attention_keys})
         self.feed_forward = nn.ModuleDict({key: FeedForward(width, mlp_ratio) for key in feed_forward_keys})
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, lengths: Mapping[str, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        lengths: Mapping[str, int] | None = None,
+        first: int | None = None,
+    ) -> Tensor:
         """(n, N, D) -> (n, N, D).
 
         Args:
             x: tokens, those of each modality together.
             valid: (n, N) as in ``attention``.
             lengths: modality -> how many of the N tokens are its, in their order; not needed where all share weights.
+            first: of tokens of one modality, so many first ones are wanted; they attend to all. None: all are.
         """
         qkv = apart(self.attention, "project", x, lengths)
-        q, k, v = rearrange(qkv, "n N (three H d) -> three n H N d", three=3, H=self.heads)
+        # In three parts before anything else: their gradients then come together in one copy.
+        q, k, v = (rearrange(part, "n N (H d) -> n H N d", H=self.heads) for part in qkv.chunk(3, dim=-1))
+        if first is not None:
+            x, q, lengths = x[:, :first], q[:, :, :first], lengths and dict.fromkeys(lengths, first)
         attended = rearrange(attention(q, k, v, valid), "n H N d -> n N (H d)")
         x = x + apart(self.attention, "out", attended, lengths)
         return x + apart(self.feed_forward, "forward", x, lengths)
