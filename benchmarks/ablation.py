@@ -52,6 +52,8 @@ VARIANTS: dict[str, list[str]] = {
     "all, kl targets": ["objectives.masked_region.target=kl"],
     "all, sharing ffn": ["model.sharing=ffn"],
     "all, sharing none": ["model.sharing=none"],
+    "all, more joint passes": ["objectives.joint_share=0.25"],
+    "contrastive, sharing ffn": [*ONLY_CONTRASTIVE, "model.sharing=ffn"],
     "contrastive, sharing none": [*ONLY_CONTRASTIVE, "model.sharing=none"],
 }
 ALONE = "all + unpaired"  # a variant of tasks with few pairs: half of each batch are samples of one modality

@@ -39,9 +39,10 @@ class Batch(NamedTuple):
         fields: modality name -> Field. A modality that no sample has is absent.
         size: number of samples (rows).
         keys: the key of each row, in order.
-        seeds: (size,) int64, one random seed per row for the augmentation on the device; on the CPU until ``to``.
-            None in evaluation: no augmentation.
+        seeds: (size,) int64, one random seed per row, for the augmentation on the device and for masks; on the CPU
+            until ``to``. None in evaluation: no augmentation.
         skipped: samples that could not be used and were replaced, see ``data.skips.Skipped``.
+        first: number of its first row among those of its step, of which other ranks and micro-batches have the others.
         groups: (size,) int64, on the CPU; rows of equal number are of one group and no negatives of each other, those
             below 0 of none. None where nothing is grouped.
     """
@@ -52,6 +53,7 @@ class Batch(NamedTuple):
     seeds: Tensor | None = None
     skipped: tuple[Any, ...] = ()
     groups: Tensor | None = None
+    first: int = 0
 
     def split(self, parts: int) -> "list[Batch]":
         """Equal parts of consecutive rows; ``skipped`` stays with the first.
@@ -80,6 +82,7 @@ class Batch(NamedTuple):
                     None if self.seeds is None else self.seeds[rows],
                     self.skipped if first == 0 else (),
                     None if self.groups is None else self.groups[rows],
+                    self.first + first,
                 )
             )
         return made

@@ -9,6 +9,8 @@ steps of 2^64 / golden ratio, then Stafford's variant 13 of MurmurHash3's finali
 which are the same to the bit everywhere.
 """
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,11 @@ def uniform(seed: int, purpose: int) -> float:
         return z ^ z >> 31
 
     return (mix(mix(seed + purpose * _GOLDEN & mask) + _GOLDEN & mask) >> 11) * 2.0**-53
+
+
+def fork(seeds: Tensor, purpose: str) -> Tensor:
+    """Other seeds (n,) made of these, the same for the same purpose and unrelated to those of any other."""
+    return _mix(_mix(seeds.clone()) + _signed(zlib.crc32(purpose.encode()) * _GOLDEN % 2**64))
 
 
 def normals(seeds: Tensor, purpose: int, count: int, quantiles: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ class Stream(IterableDataset[Batch]):
         slots = self.order.slots(step - self.begun, self.mine)
         rows = (self._row(slot, skipped) for slot in slots)
         batch = collate(rows, len(slots), self.config.views, self.tokenizer, training=True)
-        return batch._replace(skipped=tuple(skipped))
+        return batch._replace(skipped=tuple(skipped), first=self.mine.start * self.order.per_lane)
 
     def _row(self, slot: Slot, skipped: list[Skipped]) -> Row:
         source = self.sources[slot.source]

@@ -513,8 +513,7 @@ class OnDevice(nn.Module):
     def forward(self, batch: Batch) -> Batch:
         """Image uint8 -> float in [-1, 1]; text unchanged; audio int16 -> log-mel (n, frames, mels).
 
-        Augmented as the batch's seeds say, if it has any: a row's numbers depend on its seed alone. The batch that
-        comes out has none.
+        Augmented as the batch's seeds say, if it has any: a row's numbers depend on its seed alone.
         """
         fields = {}
         for name, raw in batch.fields.items():
@@ -522,7 +521,7 @@ class OnDevice(nn.Module):
             if seeds is not None and len(raw.rows) < batch.size:
                 seeds = seeds[raw.rows.to(seeds.device, non_blocking=True)]
             fields[name] = self.views[name](raw, seeds)
-        return batch._replace(fields=fields, seeds=None)
+        return batch._replace(fields=fields)
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

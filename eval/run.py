@@ -26,6 +26,7 @@ from data.transforms import make_field
 from eval.features import Features, extract
 from eval.linear import Split, linear_probe
 from eval.metrics import bootstrap_interval, chance, majority
+from eval.monitor import MonitorConfig
 from eval.report import Results, table, write_results
 from eval.retrieval import retrieval, retrieval_chance
 from eval.zeroshot import class_embeddings, zero_shot
@@ -50,6 +51,8 @@ class EvalConfig:
     """Prompts for zero-shot; {} is replaced by the class's name."""
     batch_size: int = 256
     """Samples per pass."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Looks at the encoder during training."""
 
     def __post_init__(self) -> None:
         for template in self.templates:
@@ -165,7 +168,7 @@ def about(encoder_folder: Path, splits: Mapping[str, Source], config: EvalConfig
     return {
         "encoder": {"folder": str(encoder_folder), "sha256": weights},
         "splits": {name: {"samples": len(source), "sha256": source.fingerprint} for name, source in splits.items()},
-        "eval": asdict(config),
+        "eval": {name: value for name, value in asdict(config).items() if name != "monitor"},
     }
 
 

@@ -84,6 +84,7 @@ class Contrastive(nn.Module):
         super().__init__()
         self.config, self.width = config, encoder.config.embed_dim
         self.pairs = {f"{a}_{b}": (a, b) for a, b in combinations(encoder.views.used, 2)}
+        self.names = tuple(self.pairs)
         start = -math.log(config.temperature or {"info_nce": 0.07, "sigmoid": 0.1}[config.loss])
         self.log_scale = nn.ParameterDict({name: torch.tensor(start) for name in self.pairs})
         if config.loss == "sigmoid":

@@ -1,13 +1,13 @@
 """Masked-language modelling, conditioned on whatever else the joint pass saw."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.passes import Passes
+from objectives.passes import JointInput, Passes, at_least_float32
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import LAYER_NORM_EPS, init_weights
 
@@ -39,6 +39,7 @@ class MaskedLanguage(nn.Module):
     """RoBERTa's language-model head: dense, GELU, LayerNorm, and the input embedding as output matrix."""
 
     reads = "joint"
+    names = ("masked_language",)
 
     @staticmethod
     def learns_from(modalities: Collection[str]) -> bool:
@@ -53,6 +54,10 @@ class MaskedLanguage(nn.Module):
         self.bias = nn.Parameter(torch.zeros(encoder.vocabulary.size))
         self.apply(init_weights)
 
+    def counts(self, joint: Sequence[JointInput]) -> dict[str, Tensor | int]:
+        """How many tokens a rank is about to predict."""
+        return {"masked_language": sum(each.chosen.sum() for each in joint if each.chosen is not None)}
+
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """``masked_language``: mean cross-entropy over the chosen tokens, in nats; absent without text."""
         states, targets = [], []
@@ -65,7 +70,7 @@ class MaskedLanguage(nn.Module):
         # Only chosen positions go through the vocabulary.
         hidden = self.norm(F.gelu(self.dense(torch.cat(states))))
         embedding = passes.encoder.get_parameter("tokenizers.text.embed.weight")
-        logits = F.linear(hidden, embedding, self.bias).float()
+        logits = at_least_float32(F.linear(hidden, embedding, self.bias))
         target = torch.cat(targets)
-        # A batch in which chance chose nothing has a loss of 0, not of 0 / 0.
-        return {"masked_language": F.cross_entropy(logits, target, reduction="sum") / max(1, len(target))}
+        total = F.cross_entropy(logits, target, reduction="sum")
+        return {"masked_language": total / passes.counts["masked_language"].to(total.dtype)}

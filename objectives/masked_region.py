@@ -1,6 +1,6 @@
 """Masked-region modelling: predict hidden patches of images and spectrograms from the visible ones."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from objectives.masking import PatchSplit
-from objectives.passes import JointPass, Passes
+from objectives.passes import JointInput, JointPass, Passes, at_least_float32
 from objectives.teacher import Teacher, TeacherConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import LAYER_NORM_EPS, Block, gather_tokens, init_weights
@@ -77,7 +77,22 @@ class MaskedRegion(nn.Module):
             }
         )
         self.decoders.apply(init_weights)
+        self.names = tuple(f"masked_{name}" for name in self.decoders)
         self.target = target(config.teacher, encoder, list(self.decoders))
+
+    def counts(self, joint: Sequence[JointInput]) -> dict[str, int]:
+        """How many patches of each modality a rank is about to predict."""
+        counts: dict[str, int] = {}
+        for each in joint:
+            for name, split in each.splits.items():
+                number = len(split.hidden) * self._predicted(split)
+                counts[f"masked_{name}"] = counts.get(f"masked_{name}", 0) + number
+        return counts
+
+    def _predicted(self, split: PatchSplit) -> int:
+        """How many hidden patches of each sample are predicted."""
+        hidden = split.hidden.shape[1]
+        return min(hidden, max(1, round(self.decode * hidden)))
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """``masked_image``, ``masked_audio``: mean error over the predicted patches; absent where none is hidden."""
@@ -88,12 +103,13 @@ class MaskedRegion(nn.Module):
                 continue
             wanted = self.target.wanted(passes.encoder, joint)
             for name, split in splits.items():
-                number = max(1, round(self.decode * split.hidden.shape[1]))
-                part = split._replace(hidden=split.hidden[:, :number])  # they are in random order
-                predicted = self.decoders[name](joint.states[name], part)
-                error = self.target.errors(name, predicted.float(), gather_tokens(wanted[name], part.hidden))
-                errors[name].append(error.flatten())
-        return {f"masked_{name}": torch.cat(each).mean() for name, each in errors.items() if each}
+                # They are in random order.
+                part = split._replace(hidden=split.hidden[:, : self._predicted(split)])
+                predicted = at_least_float32(self.decoders[name](joint.states[name], part))
+                error = self.target.errors(name, predicted, gather_tokens(wanted[name], part.hidden))
+                errors[name].append(error.sum())
+        terms = {f"masked_{name}": torch.stack(each).sum() for name, each in errors.items() if each}
+        return {name: total / passes.counts[name].to(total.dtype) for name, total in terms.items()}
 
     def after_step(self, encoder: Encoder, progress: float) -> None:
         """What goes on when the weights have changed; see ``Pretraining.after_step``."""
@@ -240,7 +256,7 @@ TARGETS: dict[str, Any] = {"pixel": PixelTarget, "latent": LatentTarget, "kl": P
 
 def _cosines(states: Tensor, prototypes: Tensor) -> Tensor:
     """(n, K, D) and (count, D) -> (n, K, count)."""
-    return F.linear(F.normalize(states, dim=-1), F.normalize(prototypes, dim=-1)).float()
+    return at_least_float32(F.linear(F.normalize(states, dim=-1), F.normalize(prototypes, dim=-1)))
 
 
 def normalise_patches(patches: Tensor) -> Tensor:

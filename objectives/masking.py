@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.draws import uniforms
+
 # Modality made of patches -> how its patches may be hidden; the first is the default.
 MASKS = {"image": ("random", "block"), "audio": ("random", "block", "time", "frequency", "time_frequency")}
 MAX_ASPECT = 10 / 3  # of blocks (BEiT, Bao et al. 2022, algorithm 1)
@@ -23,64 +25,62 @@ class PatchSplit(NamedTuple):
     hidden: Tensor
 
 
-def split_patches(
-    n: int, grid: tuple[int, int], keep: float, generator: torch.Generator, kind: str = "random"
-) -> PatchSplit:
+def split_patches(seeds: Tensor, grid: tuple[int, int], keep: float, kind: str = "random") -> PatchSplit:
     """Keep a share of the patches, at least one, independently per sample.
 
     Args:
-        n: number of samples.
+        seeds: (n,) int64, one per sample, on which alone its split depends; the split is on their device.
         grid: rows and columns of patches; patches count row by row.
         keep: the share to keep; equally many in every sample.
-        generator: random state; the split is on its device.
         kind: which patches are hidden. random: any (MAE, He et al. 2022, section 3); block: those of a rectangle;
             time, frequency and time_frequency: whole columns, rows, or both of them (of a spectrogram; the last one
             in part, where the share asks for that).
     """
     num_patches = grid[0] * grid[1]
     kept = max(1, round(keep * num_patches))
-    order = torch.rand(n, num_patches, generator=generator, device=generator.device)
+    order = uniforms(seeds, 0, num_patches)
     if kind != "random" and kept < num_patches:
-        rank = _RANKS[kind](n, grid, num_patches - kept, generator).reshape(n, num_patches)
+        rank = _RANKS[kind](seeds, grid, num_patches - kept).flatten(1)
         hidden = rank.argsort(dim=1)[:, : num_patches - kept]
         order = order.scatter_add(1, hidden, torch.ones_like(order))  # behind all others
     order = order.argsort(dim=1)
     return PatchSplit(order[:, :kept], order[:, kept:])
 
 
-def _block(n: int, grid: tuple[int, int], hidden: int, generator: torch.Generator) -> Tensor:
+def _block(seeds: Tensor, grid: tuple[int, int], hidden: int) -> Tensor:
     """(n, rows, columns): distance from the centre of a random rectangle of ``hidden`` patches, in its sides.
 
     The nearest ones are then a rectangle of random place and shape, with a part of a line at one side.
     """
     rows, columns = grid
-    aspect, y, x = torch.rand(3, n, 1, 1, generator=generator, device=generator.device, dtype=torch.float64)
+    aspect, y, x = uniforms(seeds, 1, 3).T[..., None, None]
     # Uniform in the logarithm, as far as such a rectangle has room.
     height = (hidden * MAX_ASPECT ** (2 * aspect - 1)).sqrt().clamp(hidden / columns, rows)
     width = hidden / height
     # Where there is no room to move, a nudge decides which of two opposite sides is the nearer one.
-    down = torch.arange(rows, device=generator.device)[:, None] + 0.5 - height / 2 - y * (rows - height + 1e-4)
-    across = torch.arange(columns, device=generator.device) + 0.5 - width / 2 - x * (columns - width + 1e-4)
+    down = torch.arange(rows, device=seeds.device)[:, None] + 0.5 - height / 2 - y * (rows - height + 1e-4)
+    across = torch.arange(columns, device=seeds.device) + 0.5 - width / 2 - x * (columns - width + 1e-4)
     down, across = (down / height).abs(), (across / width).abs()
     # Within a line all are equally far; the part of it that is taken is the one nearest to its middle.
     return torch.maximum(down, across) + 1e-9 * torch.minimum(down, across)
 
 
-def _lines(*axes: int) -> Callable[[int, tuple[int, int], int, torch.Generator], Tensor]:
+def _lines(*axes: int) -> Callable[[Tensor, tuple[int, int], int], Tensor]:
     """Whole lines along one or several axes of the grid, in random order; within a line patches are in random order."""
 
-    def rank(n: int, grid: tuple[int, int], hidden: int, generator: torch.Generator) -> Tensor:
-        lines = torch.rand(n, sum(grid[axis] for axis in axes), generator=generator, device=generator.device)
+    def rank(seeds: Tensor, grid: tuple[int, int], hidden: int) -> Tensor:
+        n = len(seeds)
+        lines = uniforms(seeds, 1, sum(grid[axis] for axis in axes))
         parts = torch.split(lines.argsort(dim=1).argsort(dim=1), [grid[axis] for axis in axes], dim=1)
         places = [part.unsqueeze(2 - axis).expand(n, *grid) for axis, part in zip(axes, parts, strict=True)]
         first = torch.stack(places).amin(dim=0)  # a patch goes with the first of its lines
-        return first + torch.rand(n, *grid, generator=generator, device=generator.device)
+        return first + uniforms(seeds, 2, grid[0] * grid[1]).view(n, *grid)
 
     return rank
 
 
-# (n, grid, how many to hide, generator) -> (n, rows, columns): the patches of lowest rank are hidden.
-_RANKS: dict[str, Callable[[int, tuple[int, int], int, torch.Generator], Tensor]] = {
+# (seeds, grid, how many to hide) -> (n, rows, columns): the patches of lowest rank are hidden.
+_RANKS: dict[str, Callable[[Tensor, tuple[int, int], int], Tensor]] = {
     "block": _block,
     "time": _lines(1),
     "frequency": _lines(0),
@@ -102,10 +102,10 @@ class MaskedText(NamedTuple):
 
 def mask_tokens(
     ids: Tensor,
+    seeds: Tensor,
     ordinary: Tensor,
     mask_id: int,
     rate: float,
-    generator: torch.Generator,
     continues: Tensor | None = None,
 ) -> MaskedText:
     """Choose a share of the ordinary tokens; of these 80 % become [MASK], 10 % a random token, 10 % stay.
@@ -114,15 +114,16 @@ def mask_tokens(
 
     Args:
         ids: (n, L) int64.
+        seeds: (n,) int64, one per text; what happens to a token depends on it and on the token's place alone, not on
+            how much padding follows.
         ordinary: (V,) bool, True for ids that are no special tokens. Only these are chosen, and random
             replacements are drawn from them. Padding is a special token.
         mask_id: id of [MASK].
         rate: the share to choose, 0 .. 1.
-        generator: random state, on the device of ``ids``.
         continues: (V,) bool, True for ids that go on with the word of the token before them: the tokens of a word
             then have one fate, so that none of them tells the others. None: each token has its own.
     """
-    draw = torch.rand(ids.shape, generator=generator, device=ids.device)
+    draw = uniforms(seeds, 0, ids.shape[1])
     if continues is not None:
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         draw = draw.gather(1, places.masked_fill(continues[ids], 0).cummax(dim=1).values)  # of the word's first token
@@ -131,6 +132,6 @@ def mask_tokens(
     to_mask = chosen & (draw < 0.8 * rate)
     to_random = chosen & ~to_mask & (draw < 0.9 * rate)
     candidates = ordinary.nonzero()[:, 0]
-    picks = torch.randint(len(candidates), ids.shape, generator=generator, device=ids.device)
+    picks = (uniforms(seeds, 1, ids.shape[1]) * len(candidates)).long()
     corrupted = ids.masked_fill(to_mask, mask_id)
     return MaskedText(torch.where(to_random, candidates[picks], corrupted), chosen)

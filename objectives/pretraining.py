@@ -5,18 +5,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch, Field
+from data.draws import fork, uniform, uniforms
 from objectives.contrastive import Contrastive, ContrastiveConfig, embedding_gradients, with_gradients
+from objectives.gather import world_size
 from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig
 from objectives.masking import MASKS, mask_tokens, split_patches
-from objectives.passes import JointPass, Passes
+from objectives.passes import JointInput, JointPass, Passes
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
@@ -66,7 +69,7 @@ class ObjectivesConfig:
     """What the joint pass sees; the other patches are predicted."""
     joint_mask: MaskConfig = field(default_factory=MaskConfig)
     """Which patches the joint pass does not see."""
-    joint_share: float = 0.25
+    joint_share: float = 0.125
     """Share of the batch that takes the joint pass. Contrastive learning wants large batches, masking does not."""
     final_whole: float = 0.05
     """The unimodal pass sees whole inputs in this last share of the steps, since exports always do."""
@@ -130,8 +133,20 @@ class Contrast(NamedTuple):
         """A zero with these gradients."""
         inputs = {name: field.x for name, field in embeddings.items()}
         inputs |= {name: parameters[name] for name in self.parameters}
-        zero = torch.zeros((), device=next(iter(parameters.values())).device)
+        zero = next(iter(parameters.values())).new_zeros(())
         return with_gradients(zero, {**self.embeddings, **self.parameters}, inputs)
+
+
+class Together(NamedTuple):
+    """What a micro-batch must know of the others of its step.
+
+    Attributes:
+        counts: as in ``Passes``.
+        contrast: its part of what they have in common; None: it is contrasted alone.
+    """
+
+    counts: dict[str, Tensor]
+    contrast: Contrast | None
 
 
 class Pretraining(nn.Module):
@@ -160,26 +175,30 @@ class Pretraining(nn.Module):
         self.register_buffer("continues", continues if config.masked_language.whole_words else None, persistent=False)
 
     def forward(
-        self, batch: Batch, seed: int, whole: bool = False, progress: float = 0.0, contrast: "Contrast | None" = None
+        self, batch: Batch, seed: int, whole: bool = False, progress: float = 0.0, together: Together | None = None
     ) -> Loss:
         """The losses of a batch as ``OnDevice`` gives it.
 
+        With several ranks all call it at the same time. The mean of their losses, and of the gradients of these, is
+        that of all their batches as one.
+
         Args:
             batch: any subset of the modalities per row.
-            seed: fixes which patches and tokens are hidden.
+            seed: of the step, the same on all ranks: with the rows' own seeds it fixes what is hidden.
             whole: the unimodal pass sees whole inputs.
             progress: share of the run's steps that are done, 0 .. 1; weights may depend on it.
-            contrast: of a micro-batch, what `contrast_together` found; it is not contrasted again.
+            together: of a micro-batch, what `together` made of all; the mean is then over micro-batches, too.
         """
-        weights = {name: self.config.weight(name, progress) for name in self.objectives}
-        active = {name: weight for name, weight in weights.items() if weight > 0}
-        passes = self.passes(batch, seed, whole, active)
+        active = self.active(progress)
+        joint = self.joint_inputs(batch, seed, active)
+        counts = self._counts([joint], active) if together is None else together.counts
+        passes = self.passes(batch, seed, whole, active, joint)._replace(counts=counts)
 
         total = torch.zeros((), device=self.ordinary.device)
         terms: dict[str, Tensor] = {}
         term_weights: dict[str, float] = {}
         for name, weight in active.items():
-            if name == "contrastive" and contrast is not None:
+            if name == "contrastive" and together is not None and (contrast := together.contrast) is not None:
                 found = contrast.pull(passes.embeddings, dict(self.objectives[name].named_parameters()))
                 total = total + weight * (found + sum(contrast.terms.values()))
                 terms |= contrast.terms
@@ -190,8 +209,9 @@ class Pretraining(nn.Module):
                 total = total + weight * value
         if torch.is_grad_enabled():
             # Which parameters a step reaches depends on what there is, not on numbers: it is found out once per case.
-            joint = tuple(tuple(joint.inputs) for joint in passes.joint)
-            case = (tuple(batch.fields), whole, tuple(terms), joint, contrast and tuple(contrast.parameters))
+            seen = tuple(tuple(each.inputs) for each in joint)
+            pulled = together and together.contrast and tuple(together.contrast.parameters)
+            case = (tuple(batch.fields), whole, tuple(terms), seen, pulled)
             if case not in self._idle:
                 reached = reached_from(total)
                 learned = ((name, each) for name, each in self.named_parameters() if each.requires_grad)
@@ -200,27 +220,37 @@ class Pretraining(nn.Module):
                 total = _Reaches.apply(total, *idle)  # type: ignore[no-untyped-call]
         return Loss(total, terms, term_weights)
 
-    def contrast_together(
-        self, batches: Sequence[Batch], seeds: Sequence[int], whole: bool = False
-    ) -> "list[Contrast]":
-        """Contrast micro-batches as one batch, together with those of other ranks, before each goes forward.
+    @property
+    def names(self) -> list[str]:
+        """All terms that a step may have."""
+        return [name for objective in self.objectives.values() for name in cast(Any, objective).names]
 
-        Args:
-            batches: as ``OnDevice`` gives them.
-            seeds: of each, the one with which it goes forward: it will see the same patches then.
-            whole: as in ``forward``.
+    def active(self, progress: float) -> dict[str, float]:
+        """The weights above 0 of the objectives, by name."""
+        weights = {name: self.config.weight(name, progress) for name in self.objectives}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def together(
+        self, batches: Sequence[Batch], seed: int, whole: bool = False, progress: float = 0.0
+    ) -> list[Together]:
+        """Look at the micro-batches of a step, of all ranks, before each goes forward; arguments as for ``forward``.
 
         Returns:
-            for each micro-batch what ``forward`` takes. The mean of their losses has the gradients of the whole.
+            for each of them what ``forward`` takes. The mean of their losses has the gradients of the whole.
         """
+        active = self.active(progress)
+        counts = self._counts([self.joint_inputs(batch, seed, active) for batch in batches], active)
+        contrasts: Sequence[Contrast | None] = [None] * len(batches)
+        if "contrastive" in active and self.config.contrastive.cached:
+            contrasts = self._contrast(batches, seed, whole)
+        return [Together(counts, contrast) for contrast in contrasts]
+
+    def _contrast(self, batches: Sequence[Batch], seed: int, whole: bool) -> list[Contrast]:
         objective = self.objectives["contrastive"]
         if not isinstance(objective, Contrastive):
             raise TypeError(f"contrastive is a {type(objective).__name__}")
         with torch.no_grad():
-            embeddings = [
-                self.passes(batch, seed, whole, ["contrastive"]).embeddings
-                for batch, seed in zip(batches, seeds, strict=True)
-            ]
+            embeddings = [self.passes(batch, seed, whole, ["contrastive"]).embeddings for batch in batches]
         groups = [batch.groups for batch in batches if batch.groups is not None]
         found = embedding_gradients(objective, embeddings, [batch.size for batch in batches], groups or None)
         parts = len(batches)
@@ -231,19 +261,60 @@ class Pretraining(nn.Module):
             for pair in zip(found.embeddings, parameters, strict=True)
         ]
 
-    def passes(self, batch: Batch, seed: int, whole: bool, objectives: Collection[str]) -> Passes:
-        """The passes that the ``objectives`` of these names read; for the rest see ``forward``."""
-        generator = torch.Generator(self.ordinary.device).manual_seed(seed)
-        reads = {OBJECTIVES[name].reads for name in objectives}
+    def _counts(self, parts: Sequence[Sequence[JointInput]], objectives: Collection[str]) -> dict[str, Tensor]:
+        """``Passes.counts`` from the joint inputs of each micro-batch of this rank; all ranks call it."""
+        counts: dict[str, Tensor] = {}
+        for name in objectives:
+            if hasattr(OBJECTIVES[name], "counts"):
+                objective: Any = self.objectives[name]
+                for term in objective.names:
+                    counts[term] = self.ordinary.new_zeros((), dtype=torch.float64)
+                for part in parts:
+                    for term, number in objective.counts(part).items():
+                        counts[term] += number
+        if not counts:
+            return {}
+        together = torch.stack(list(counts.values()))
+        if (ranks := world_size()) > 1:
+            dist.all_reduce(together)
+        # Nothing counted is a sum of 0 to be divided by something.
+        together = together.clamp(min=1) / (ranks * len(parts))
+        return dict(zip(counts, together.unbind(), strict=True))
+
+    def joint_inputs(self, batch: Batch, seed: int, objectives: Collection[str]) -> list[JointInput]:
+        """What the joint passes are going to see; nothing where none of the ``objectives`` reads them."""
+        if not any(OBJECTIVES[name].reads == "joint" for name in objectives):
+            return []
+        rows = joint_rows(batch.first, batch.size, self.config.joint_share, seed)
+        seeds = self._row_seeds(batch, seed)
+        hide_text = "masked_language" in objectives
+        return [self._hide(group, seeds, hide_text) for group in group_by_presence(batch, rows)]
+
+    def passes(
+        self,
+        batch: Batch,
+        seed: int,
+        whole: bool,
+        objectives: Collection[str],
+        joint: Sequence[JointInput] | None = None,
+    ) -> Passes:
+        """The passes that the ``objectives`` of these names read, without counts; for the rest see ``forward``.
+
+        Args:
+            joint: what `joint_inputs` has made already.
+        """
         embeddings: dict[str, Field] = {}
-        joint: list[JointPass] = []
-        if "embeddings" in reads:
-            embeddings = self._unimodal(batch, generator, whole)
-        if "joint" in reads:
-            rows = max(1, round(self.config.joint_share * batch.size))
-            groups = group_by_presence(batch, rows)
-            joint = [self._joint(group, generator, "masked_language" in objectives) for group in groups]
-        return Passes(self.encoder, embeddings, joint, batch.groups)
+        if any(OBJECTIVES[name].reads == "embeddings" for name in objectives):
+            embeddings = self._unimodal(batch, self._row_seeds(batch, seed), whole)
+        joint = self.joint_inputs(batch, seed, objectives) if joint is None else joint
+        return Passes(self.encoder, embeddings, [self._joint(each) for each in joint], batch.groups)
+
+    def _row_seeds(self, batch: Batch, seed: int) -> Tensor:
+        """(size,) int64: a row's masks depend on its own seed, or its number, wherever it is computed."""
+        rows = batch.seeds
+        if rows is None:
+            rows = torch.arange(batch.first, batch.first + batch.size, device=self.ordinary.device)
+        return fork(rows, f"step {seed}")
 
     def after_step(self, progress: float) -> None:
         """To be called by all ranks together when the optimiser has made its step: teachers follow what they teach.
@@ -256,39 +327,42 @@ class Pretraining(nn.Module):
             if after_step is not None:
                 after_step(self.encoder, progress)
 
-    def _unimodal(self, batch: Batch, generator: torch.Generator, whole: bool) -> dict[str, Field]:
+    def _unimodal(self, batch: Batch, seeds: Tensor, whole: bool) -> dict[str, Field]:
         embeddings = {}
         for name, inputs in batch.fields.items():
             keep = None
             tokenizer = self.encoder.tokenizers[name]
             if isinstance(tokenizer, PatchTokenizer) and not whole:
                 share = getattr(self.config.keep, name)
-                keep = split_patches(len(inputs.x), tokenizer.grid, share, generator).visible
+                keep = split_patches(fork(_of(inputs, seeds), f"keep {name}"), tokenizer.grid, share).visible
             features = self.encoder.features(name, inputs, keep)
             embeddings[name] = Field(self.encoder.project(name, features), inputs.rows)
         return embeddings
 
-    def _joint(self, inputs: dict[str, Field], generator: torch.Generator, hide_text: bool) -> JointPass:
-        streams: dict[str, Tokens] = {}
+    def _hide(self, inputs: dict[str, Field], seeds: Tensor, hide_text: bool) -> JointInput:
         splits = {}
-        chosen = None
+        ids = chosen = None
         for name, field_ in inputs.items():
-            tokenizer = self.encoder.tokenizers[name]
+            tokenizer, own = self.encoder.tokenizers[name], fork(_of(field_, seeds), f"hide {name}")
             if isinstance(tokenizer, PatchTokenizer):
-                share = getattr(self.config.joint_keep, name)
-                kind = getattr(self.config.joint_mask, name)
-                splits[name] = split_patches(len(field_.x), tokenizer.grid, share, generator, kind)
-                streams[name] = self.encoder.tokens(name, field_, splits[name].visible)
+                share, kind = getattr(self.config.joint_keep, name), getattr(self.config.joint_mask, name)
+                splits[name] = split_patches(own, tokenizer.grid, share, kind)
             elif hide_text:
-                language = self.config.masked_language
+                language, mask_id = self.config.masked_language, self.encoder.vocabulary.mask_id
                 rate = language.rate if len(inputs) == 1 else language.rate_paired
-                mask_id = self.encoder.vocabulary.mask_id
-                masked = mask_tokens(field_.x, self.ordinary, mask_id, rate, generator, self.continues)
-                chosen = masked.chosen
-                streams[name] = self.encoder.tokens(name, field_._replace(x=masked.ids))
+                ids, chosen = mask_tokens(field_.x, own, self.ordinary, mask_id, rate, self.continues)
             else:
-                streams[name] = self.encoder.tokens(name, field_)
-        return JointPass(inputs, self.encoder.trunk(streams), splits, chosen)
+                ids = field_.x
+        return JointInput(inputs, splits, ids, chosen)
+
+    def _joint(self, hidden: JointInput) -> JointPass:
+        streams: dict[str, Tokens] = {}
+        for name, field_ in hidden.inputs.items():
+            if name in hidden.splits:
+                streams[name] = self.encoder.tokens(name, field_, hidden.splits[name].visible)
+            elif hidden.ids is not None:
+                streams[name] = self.encoder.tokens(name, field_._replace(x=hidden.ids))
+        return JointPass(hidden.inputs, self.encoder.trunk(streams), hidden.splits, hidden.chosen)
 
 
 def reached_from(value: Tensor) -> set[int]:
@@ -348,18 +422,40 @@ def trunk_gradients(loss: Loss, trunk: Iterable[nn.Parameter]) -> dict[str, floa
     return found
 
 
-def group_by_presence(batch: Batch, rows: int) -> list[dict[str, Field]]:
-    """The first ``rows`` rows, grouped by which modalities they have, so that what is absent costs nothing.
+def joint_rows(first: int, size: int, share: float, seed: int) -> Tensor:
+    """Which of ``size`` rows take the joint pass: one of every 1 / share, drawn from these.
+
+    Args:
+        first: number of the first row within the step; what comes out for a row depends on its number in the step
+            alone, not on the rank or micro-batch that has it.
+        size: number of rows.
+        share: above 0 and at most 1.
+        seed: of the step.
+
+    Returns:
+        (k,) int64 on the CPU, ascending.
+    """
+    stretches = torch.arange(int(first * share) - 1, int((first + size) * share) + 3)
+    # Stretches of unequal length lie elsewhere in each step, so that every row has the same chance.
+    phase = 0.0 if (1 / share).is_integer() else uniform(seed, 1)
+    begin, end = (((stretches + more).double() - phase).div(share).ceil() for more in (0, 1))
+    draws = uniforms(fork(stretches, f"joint rows {seed}"), 0, 1)[:, 0]
+    rows = (begin + draws * (end - begin)).floor().long() - first
+    return rows[(rows >= 0) & (rows < size)]
+
+
+def group_by_presence(batch: Batch, rows: Tensor) -> list[dict[str, Field]]:
+    """The rows (k,) on the CPU, grouped by which modalities they have, so that what is absent costs nothing.
 
     Returns:
         for each set of modalities that occurs: modality -> Field of the group's samples, in row order.
     """
     if not batch.fields:
         return []
-    present = torch.stack([torch.isin(torch.arange(rows), f.rows) for f in batch.fields.values()], dim=1)  # (rows, M)
+    present = torch.stack([torch.isin(rows, f.rows) for f in batch.fields.values()], dim=1)  # (k, M)
     groups = []
     for pattern in torch.unique(present, dim=0):
-        wanted = (present == pattern).all(dim=1).nonzero()[:, 0]
+        wanted = rows[(present == pattern).all(dim=1)]
         names = [name for name, has in zip(batch.fields, pattern.tolist(), strict=True) if has]
         groups.append({name: _rows(batch.fields[name], wanted) for name in names})
     return [group for group in groups if group]
@@ -367,3 +463,8 @@ def group_by_presence(batch: Batch, rows: int) -> list[dict[str, Field]]:
 
 def _rows(field_: Field, rows: Tensor) -> Field:
     return field_.select(torch.isin(field_.rows, rows).nonzero()[:, 0])
+
+
+def _of(field_: Field, seeds: Tensor) -> Tensor:
+    """The seeds (n,) of those rows of the batch that a field has."""
+    return seeds if len(field_.rows) == len(seeds) else seeds[field_.rows.to(seeds.device, non_blocking=True)]

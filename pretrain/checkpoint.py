@@ -2,38 +2,41 @@
 
 checkpoints/step-00000600/
     encoder/          config.json, model.safetensors and tokenizer/: all that evaluation and export need
+    trained.safetensors    with `train.ema`: the encoder that is trained, of which the one above is an average
     objectives.safetensors
     optimizer.safetensors
     stream.json       where the data stood, what they are, what was skipped of them
-    state.json        step, what the run is, hyper-parameters of the optimiser
+    state.json        step, what the run is, counters
 checkpoints/last      link to the newest
 """
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
-from data.stream import Stream
+from data.stream import STATE
 from data.text import load_tokenizer
 from objectives.pretraining import Pretraining
 from pretrain.model.encoder import Encoder
 
-SCHEMA = 2
+SCHEMA = 3
 LAST = "last"
 _PARTIAL = ".partial"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that can't be read or doesn't belong to this run; names its folder and what differs."""
+    """A checkpoint that can't be read, written, or doesn't belong to this run; names its folder and what is wrong."""
 
 
 class Trained(NamedTuple):
@@ -43,61 +46,119 @@ class Trained(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: Pretraining,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: Optimizer,
-    stream: Stream,
-    identity: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint aside, rename it when whole, point ``last`` at it and drop all but the ``keep`` newest.
+class Resumed(NamedTuple):
+    """What a run goes on with.
 
-    Args:
-        folder: the run's ``checkpoints`` folder.
+    Attributes:
         step: steps done.
-        model: unwrapped module.
-        tokenizer: saved with the encoder.
-        optimizer: its state is saved too.
-        stream: where it stands is saved too.
-        identity: what a resumed run must have in common with this one, JSON-able.
-        keep: how many checkpoints remain.
-
-    Returns:
-        the checkpoint's folder.
+        counters: as they were saved.
     """
-    name = f"step-{step:08d}"
-    partial = folder / (name + _PARTIAL)
-    for leftover in folder.glob("step-*" + _PARTIAL):  # of a run that was killed while saving
-        shutil.rmtree(leftover)
-    (partial / "encoder").mkdir(parents=True)
-    model.encoder.save(partial / "encoder")
-    tokenizer.save_pretrained(partial / "encoder" / "tokenizer")
-    objectives = {key: value.contiguous() for key, value in model.objectives.state_dict().items()}
-    save_file(objectives, partial / "objectives.safetensors")
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
-    save_file(tensors, partial / "optimizer.safetensors")
-    trainer = {"schema": SCHEMA, "step": step, "identity": identity, "param_groups": state["param_groups"]}
-    (partial / "state.json").write_text(json.dumps(trainer, indent=2) + "\n")
-    stream.save(partial)
-    for path in sorted(partial.rglob("*")):
-        _flush(path)
 
-    final = folder / name
-    if final.exists():  # the same step of the same run, saved again after resuming from an older one
-        shutil.rmtree(final)
-    partial.rename(final)
-    link = folder / (LAST + _PARTIAL)
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    link.replace(folder / LAST)
-    _flush(folder)
-    for old in sorted(folder.glob("step-????????"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+    step: int
+    counters: dict[str, Any]
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, on a thread of its own while training goes on; one at a time."""
+
+    def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
+        """Nothing is written yet.
+
+        Args:
+            folder: the run's ``checkpoints`` folder.
+            keep: how many of the newest remain.
+            keep_every: those at multiples of this step remain, too.
+        """
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: Pretraining,
+        optimizer: Optimizer,
+        tokenizer: PreTrainedTokenizerBase,
+        stream: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        counters: Mapping[str, Any],
+        average: nn.Module | None = None,
+    ) -> None:
+        """Copy all that a checkpoint holds, and begin to write it; waits for the one before.
+
+        Args:
+            step: steps done.
+            model: unwrapped module.
+            optimizer: its state is saved too.
+            tokenizer: saved with the encoder.
+            stream: ``Stream.state_dict()``.
+            identity: what a resumed run must have in common with this one, for JSON.
+            counters: what else is to be had back, for JSON.
+            average: of the encoder's weights, which evaluation and export then get.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        weights = _copies(model.encoder.state_dict())
+        tensors = {"objectives": _copies(model.objectives.state_dict()), "optimizer": _copies(named(optimizer, model))}
+        if average is not None:
+            tensors["trained"], weights = weights, _copies(average.state_dict())
+        state = {"schema": SCHEMA, "step": step, "identity": identity, "counters": counters}
+        # Made here, not on the thread: what is shared may change while that one writes.
+        texts = {"state.json": json.dumps(state, indent=2), STATE: json.dumps(stream, indent=1)}
+        self._writing = self._thread.submit(self._write, step, model.encoder, weights, tokenizer, tensors, texts)
+
+    def wait(self) -> Path | None:
+        """Wait until the checkpoint that is being written is there; returns it, or None if none is.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are as they were.
+        """
+        writing, self._writing = self._writing, None
+        return None if writing is None else writing.result()
+
+    def _write(
+        self,
+        step: int,
+        encoder: Encoder,
+        weights: dict[str, Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        tensors: Mapping[str, dict[str, Tensor]],
+        texts: Mapping[str, str],
+    ) -> Path:
+        """Write aside, rename when whole, point ``last`` at it and drop what need not remain."""
+        name = f"step-{step:08d}"
+        partial, final = self.folder / (name + _PARTIAL), self.folder / name
+        for leftover in self.folder.glob("step-*" + _PARTIAL):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+        try:
+            (partial / "encoder").mkdir(parents=True)
+            encoder.save(partial / "encoder", weights)
+            tokenizer.save_pretrained(partial / "encoder" / "tokenizer")
+            for file, values in tensors.items():
+                save_file(values, partial / f"{file}.safetensors")
+            for file, text in texts.items():
+                (partial / file).write_text(text + "\n")
+            for path in sorted(partial.rglob("*")):
+                _flush(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            last = find_last(self.folder)
+            before = f"the newest one is {last}" if last else "there is none before it"
+            raise CheckpointError(f"{final} could not be written ({error}); {before}") from error
+        if final.exists():  # the same step of the same run, saved again after resuming from an older one
+            shutil.rmtree(final)
+        partial.rename(final)
+        link = self.folder / (LAST + _PARTIAL)
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.replace(self.folder / LAST)
+        _flush(self.folder)
+        for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
+            if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
+                shutil.rmtree(old)
+        return final
 
 
 def find_last(folder: Path) -> Path | None:
@@ -106,17 +167,35 @@ def find_last(folder: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def load_checkpoint(checkpoint: Path, model: Pretraining, optimizer: Optimizer, identity: dict[str, Any]) -> int:
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "state.json").is_file():
+        return path
+    found = find_last(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path}: neither a checkpoint (it has no state.json) nor a run with checkpoints/")
+    return found
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    model: Pretraining,
+    optimizer: Optimizer,
+    identity: Mapping[str, Any],
+    average: nn.Module | None = None,
+) -> Resumed:
     """Restore model and optimiser in place.
 
     Args:
         checkpoint: a checkpoint's folder.
         model: unwrapped module, built from the same configuration.
-        optimizer: over the same parameters.
+        optimizer: over the same parameters. Its hyper-parameters stay: they are this run's.
         identity: of this run; must equal the saved one.
-
-    Returns:
-        the number of steps done.
+        average: of the encoder's weights; restored, too.
 
     Raises:
         CheckpointError: another schema, another identity (says in what), or tensors that don't fit.
@@ -134,21 +213,16 @@ def load_checkpoint(checkpoint: Path, model: Pretraining, optimizer: Optimizer, 
             + "\nGive the run another `out`, or restore what it began with."
         )
     try:
-        model.encoder.load_state_dict(load_file(checkpoint / "encoder" / "model.safetensors"))
+        weights = load_file(checkpoint / "encoder" / "model.safetensors")
+        if average is not None:
+            average.load_state_dict(weights)
+            weights = load_file(checkpoint / "trained.safetensors")
+        model.encoder.load_state_dict(weights)
         model.objectives.load_state_dict(load_file(checkpoint / "objectives.safetensors"))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        # Hyper-parameters are this run's, as they stand in its config.yaml; the saved ones only say what belongs where.
-        groups = optimizer.state_dict()["param_groups"]
-        if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
-            raise ValueError("the optimiser has other parameters")
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        restore(optimizer, model, load_file(checkpoint / "optimizer.safetensors"))
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from error
-    step: int = saved["step"]
-    return step
+    return Resumed(saved["step"], saved["counters"])
 
 
 def load_encoder(checkpoint: Path) -> Trained:
@@ -160,6 +234,40 @@ def load_encoder(checkpoint: Path) -> Trained:
     """
     folder = checkpoint / "encoder"
     return Trained(Encoder.load(folder).eval(), load_tokenizer(folder / "tokenizer"))
+
+
+def named(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as ``<parameter's name>/<what>`` -> tensor: it does not depend on groups or their order."""
+    return {
+        f"{name}/{what}": value
+        for name, parameter in model.named_parameters()
+        for what, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimiser the state that `named` made.
+
+    Raises:
+        ValueError: it is that of other parameters.
+    """
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, what = key.rpartition("/")
+        state.setdefault(name, {})[what] = value
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    places = {name: numbers[id(p)] for name, p in model.named_parameters() if id(p) in numbers}
+    if state and state.keys() != places.keys():
+        odd = sorted(state.keys() ^ places.keys())
+        raise ValueError(f"the optimiser has other parameters: {', '.join(odd[:3])}")
+    groups = optimizer.state_dict()["param_groups"]
+    # torch puts every tensor where its parameter is, in the type that it has to have.
+    optimizer.load_state_dict({"state": {places[name]: each for name, each in state.items()}, "param_groups": groups})
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no views of what goes on changing."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 def _flush(path: Path) -> None:

@@ -1,11 +1,14 @@
-"""The configuration of a run: a typed tree of dataclasses, filled from a YAML recipe and `key=value` overrides."""
+"""The configuration of a run: a typed tree of dataclasses, filled from YAML recipes and `key=value` overrides.
+
+A recipe may begin with ``extends: other.yaml``: the other is read first, and this one lies over it.
+"""
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -17,6 +20,10 @@ from data.text import TokenizerConfig
 from eval.run import EvalConfig
 from objectives.pretraining import OBJECTIVES, ObjectivesConfig
 from pretrain.model.tokenizers import PRESETS, ModelConfig
+from pretrain.trackers import TrackerConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+COMMAND_LINE = "command line"
 
 
 class ConfigError(UserError):
@@ -40,11 +47,24 @@ class TrainConfig:
     beta2: float = 0.98
     """AdamW's second-moment decay; below the usual 0.999 because contrastive gradients change fast."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises from 0; after it a cosine falls to 0."""
+    """Share of the steps in which the learning rate rises from 0."""
+    schedule: str = "cosine"
+    """How the learning rate goes on. Allowed: cosine (it falls to 0), constant (it stays, until the cooldown)."""
+    cooldown: float = 0.2
+    """With constant: last share of the steps, in which the learning rate falls to 0 in a straight line."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each layer that is further from the encoder's end; below 1 for init_from."""
+    ema: float | None = None
+    """Share of itself that an average of the encoder's weights keeps at a step, such as 0.9999; evaluation and export
+    then use the average. null: there is none."""
     clip_norm: float = 1.0
     """Largest norm of the gradient over all parameters."""
     precision: str = "auto"
-    """Allowed: auto (bf16 where the device is fast in it), fp32, bf16."""
+    """Allowed: auto (bf16 where the device is fast in it), fp32, bf16, fp16 (on GPUs, with scaled gradients)."""
+    max_bad_steps: int = 10
+    """Steps whose gradient is not finite are left out; with more than so many in a run it stops."""
+    timeout: float = 600
+    """Seconds that a process waits for another one before it ends with an error."""
     compile: bool = False
     """Compile the Transformer blocks: a few minutes at the start, faster steps after."""
     recompute: bool = False
@@ -57,6 +77,8 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good, such as 10 times save_every; null: none is."""
     pictures: bool = True
     """With each checkpoint, a picture of inputs, masks and reconstructions in `out`/pictures; needs matplotlib."""
     gradients_every: int | None = None
@@ -72,17 +94,29 @@ class TrainConfig:
             )
         if self.batch_size < 2:
             raise ValueError(f"train.batch_size={self.batch_size}: allowed is 2 or more; contrast needs two samples")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "clip_norm", "timeout"):
             if not 0 < getattr(self, name) < math.inf:  # NaN is not, either
                 raise ValueError(f"train.{name}={getattr(self, name)}: allowed is above 0")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup={self.warmup}: allowed is 0 to 1, a share of the steps")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"train.schedule={self.schedule}: allowed are cosine, constant")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"train.cooldown={self.cooldown}: allowed is 0 to 1, a share of the steps")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"train.layer_decay={self.layer_decay}: allowed is above 0 and at most 1")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema={self.ema}: allowed is 0 to below 1, or null")
+        if self.max_bad_steps < 0:
+            raise ValueError(f"train.max_bad_steps={self.max_bad_steps}: allowed is 0 or more")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"train.keep_every={self.keep_every}: allowed is 1 or more, or null")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"train.beta2={self.beta2}: allowed is 0 to below 1")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"train.weight_decay={self.weight_decay}: allowed is 0 or more")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"train.precision={self.precision}: allowed are auto, fp32, bf16")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"train.precision={self.precision}: allowed are auto, fp32, bf16, fp16")
         if self.gradients_every is not None and self.gradients_every < 1:
             raise ValueError(f"train.gradients_every={self.gradients_every}: allowed is 1 or more, or null")
         if self.threads is not None and self.threads < 1:
@@ -98,7 +132,8 @@ class Config:
     seed: int = 0
     """Fixes the initial weights, the order of the data, augmentation and masks."""
     resume: str = "auto"
-    """auto goes on from the newest checkpoint in `out` if there is one; none refuses an `out` that has one."""
+    """auto: go on from the newest checkpoint in `out`, if there is one; none: refuse an `out` that has one; or a
+    checkpoint, or a run, from whose newest one to go on in an `out` that has none."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and what is read of them."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -113,17 +148,21 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """The evaluation at the end."""
+    """The evaluation at the end, and looks at the encoder on the way."""
+    trackers: TrackerConfig = field(default_factory=TrackerConfig)
+    """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: allowed is 0 to 2**32 - 1")
-        if self.resume not in ("auto", "none"):
-            raise ValueError(f"resume={self.resume}: allowed are auto, none")
+        if not self.resume:
+            raise ValueError("resume is empty: allowed are auto, none, or the path of a checkpoint or run")
         if not self.data.train:
             raise ValueError("data.train is empty: name the training shards")
         if self.eval.label is not None and not (self.data.val and self.data.test):
             raise ValueError(f"eval.label={self.eval.label} needs data.val and data.test; null skips the evaluation")
+        if self.eval.monitor.every is not None and not self.data.val:
+            raise ValueError(f"eval.monitor.every={self.eval.monitor.every} needs data.val; null: no looks on the way")
         used = self.data.views.used
         active = [name for name in OBJECTIVES if max(self.objectives.weight(name, at) for at in (0, 1)) > 0]
         if not any(OBJECTIVES[name].learns_from(used) for name in active):
@@ -135,49 +174,38 @@ class Config:
             raise ValueError("tokenizer: give name (a folder or hub id) or train (a vocabulary size)")
 
 
+class Part(NamedTuple):
+    """What one recipe or one override gives.
+
+    Attributes:
+        origin: the recipe's path, or ``COMMAND_LINE``.
+        given: its keys and values, as yet unchecked; of a recipe without ``extends``.
+    """
+
+    origin: str
+    given: DictConfig
+
+
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and lay overrides over it.
+    """Read a recipe, lay it over those that it extends, and overrides over all.
 
     Args:
-        recipe: a YAML file.
+        recipe: a YAML file, or the bare name of a shipped one.
         overrides: ``key=value`` with dotted keys and YAML values.
 
     Raises:
         ConfigError: no such file, no YAML, unknown keys (all of them, with suggestions), wrong types, bounds.
     """
-    if not recipe.is_file():
-        raise ConfigError(f"no recipe at {recipe}")
     schema = OmegaConf.structured(Config)
-    try:
-        given = OmegaConf.load(recipe)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
-        raise ConfigError(f"{recipe}: {error}") from error
-    if not isinstance(given, DictConfig):
-        raise ConfigError(f"{recipe}: a mapping of keys to values is needed")
-    parts = [given]
-    for override in overrides:
-        part = OmegaConf.create()
-        try:
-            part.merge_with_dotlist([_checked_override(override)])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"command line: {override}: {error}") from error
-        parts.append(part)
-    for i, part in enumerate(parts):
-        if _name_source(part):
-            _drop_sources(parts[:i])
-
-    unknown = [
-        f"{'command line' if i else recipe}: unknown key {key!r}{_suggestion(key, schema)}"
-        for i, part in enumerate(parts)
-        for key in _unknown_keys(part, schema)
-    ]
-    if unknown:
+    parts = _read_parts(recipe, overrides)
+    if unknown := [line for part in parts for line in _unknown(part, schema)]:
         raise ConfigError("\n".join(unknown))
-    for part in parts:
-        if (misfit := next(_misfits(part, schema), None)) is not None:
+    given = [part.given for part in parts]
+    for each in given:
+        if (misfit := next(_misfits(each, schema), None)) is not None:
             raise ConfigError(misfit)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, _preset(parts), *parts))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, _preset(given), *given))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
@@ -188,21 +216,114 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def find_recipe(name: str, folder: Path = Path()) -> Path:
+    """The recipe at the path ``name``, or the shipped one of that bare name.
+
+    Args:
+        name: a path or a name, such as ``digits``.
+        folder: where a relative path starts from.
+
+    Raises:
+        ConfigError: there is neither; lists the names of the shipped ones.
+    """
+    path = folder / name
+    if path.is_file():
+        return path
+    shipped = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    if name not in shipped:
+        raise ConfigError(f"no recipe at {path}; a path is needed, or the name of a shipped one: {', '.join(shipped)}")
+    return shipped[name]
+
+
 def to_yaml(config: Config) -> str:
     """The whole configuration as a recipe that gives the same run."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _preset(parts: Sequence[DictConfig]) -> DictConfig:
+def given_yaml(recipe: Path, overrides: Sequence[str] = ()) -> str:
+    """What the user gave, as one recipe that gives the same run; what it does not name was left to the defaults.
+
+    Raises:
+        ConfigError: a recipe or an override that can't be read.
+    """
+    parts = _read_parts(recipe, overrides)
+    origins = dict.fromkeys(part.origin for part in parts if part.origin != COMMAND_LINE)
+    lines = ["Given, each over the ones before it:", *origins, *overrides]
+    header = "".join(f"# {line if line.isprintable() else repr(line)}\n" for line in lines)
+    return header + OmegaConf.to_yaml(OmegaConf.merge(*(part.given for part in parts)))
+
+
+def read_yaml(source: Path | IO[str], name: str) -> DictConfig:
+    """A mapping of keys to values.
+
+    Raises:
+        ConfigError: begins with ``name``; no YAML, or YAML of something else.
+    """
+    try:
+        given = OmegaConf.load(source)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
+        raise ConfigError(f"{name}: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{name}: a mapping of keys to values is needed")
+    return given
+
+
+def _read_parts(recipe: Path, overrides: Sequence[str]) -> list[Part]:
+    """All that is given, each to lie over the ones before it."""
+    parts = _read_recipes(recipe)
+    for override in overrides:
+        given = OmegaConf.create()
+        try:
+            given.merge_with_dotlist([_checked_override(override)])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{COMMAND_LINE}: {override}: {error}") from error
+        parts.append(Part(COMMAND_LINE, given))
+    for i, part in enumerate(parts):
+        if _name_source(part.given):
+            _drop_sources([earlier.given for earlier in parts[:i]])
+    return parts
+
+
+def _read_recipes(recipe: Path) -> list[Part]:
+    """A recipe behind those that it extends."""
+    chain = [find_recipe(str(recipe))]
+    parts = [Part(str(chain[0]), read_yaml(chain[0], str(chain[0])))]
+    while (name := _take_extends(parts[0])) is not None:
+        so_far = " extends ".join(map(str, chain))
+        try:
+            path = find_recipe(name, chain[-1].parent)
+        except ConfigError as error:
+            raise ConfigError(f"{so_far} extends {name}: {error}") from error
+        if any(path.samefile(other) for other in chain):
+            raise ConfigError(f"{so_far} extends {path}: a recipe can't extend itself")
+        chain.append(path)
+        parts.insert(0, Part(str(path), read_yaml(path, str(path))))
+    return parts
+
+
+def _take_extends(part: Part) -> str | None:
+    """Which recipe a recipe extends; no longer among its keys after that."""
+    if part.given._get_node("extends") is None:
+        return None
+    try:
+        name = part.given.pop("extends")
+    except OmegaConfBaseException as error:  # an interpolation of a key that is not there
+        raise ConfigError(f"{part.origin}: extends: {str(error).splitlines()[0]}") from error
+    if not isinstance(name, str):
+        raise ConfigError(f"{part.origin}: extends: {name} is no path or name of a recipe")
+    return name
+
+
+def _preset(given: Sequence[DictConfig]) -> DictConfig:
     """The shape that ``model.preset`` stands for, under whatever else is given."""
-    name = OmegaConf.select(OmegaConf.merge(*parts), "model.preset")
+    name = OmegaConf.select(OmegaConf.merge(*given), "model.preset")
     known = isinstance(name, str) and name in PRESETS  # another name is refused with all other values
     return OmegaConf.create({"model": PRESETS[name]} if known else {})
 
 
 def _checked_override(override: str) -> str:
     if "=" not in override:
-        raise ConfigError(f"command line: {override!r} is no key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is no key=value")
     return override
 
 
@@ -219,14 +340,14 @@ def _name_source(given: DictConfig) -> bool:
     return True
 
 
-def _drop_sources(parts: Sequence[DictConfig]) -> None:
+def _drop_sources(earlier: Iterable[DictConfig]) -> None:
     """A list of shards takes the place of all sources that were given before it."""
-    for part in parts:
+    for part in earlier:
         if isinstance(data := part.get("data"), DictConfig):
             data.pop("train", None)
 
 
-def _child(schema: DictConfig, name: Any) -> Any:
+def child_schema(schema: DictConfig, name: Any) -> Any:
     """The schema of the key ``name``; None if there is no such key."""
     element = schema._metadata.element_type
     if is_dataclass(element):  # a mapping from names of the user's choice
@@ -236,12 +357,24 @@ def _child(schema: DictConfig, name: Any) -> Any:
     return schema._get_node(name) if name in schema else None
 
 
+def _unknown(part: Part, schema: DictConfig) -> Iterator[str]:
+    """Lines about keys that there are not."""
+    known = list(all_keys(schema))
+    if part.origin != COMMAND_LINE:
+        known.append("extends")
+    for key in _unknown_keys(part.given, schema):
+        if part.origin == COMMAND_LINE and key == "extends":
+            yield f"{COMMAND_LINE}: extends stands in recipes only: name the other recipe in the place of this one"
+        else:
+            yield f"{part.origin}: unknown key {key!r}{suggestion(key, known)}"
+
+
 def _unknown_keys(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     """Dotted keys of ``given`` that ``schema`` lacks."""
     if not isinstance(given, DictConfig) or not isinstance(schema, DictConfig):
         return
     for name in given:
-        key, child = f"{prefix}{name!s}", _child(schema, name)
+        key, child = f"{prefix}{name!s}", child_schema(schema, name)
         if child is None:
             yield key
         else:
@@ -251,7 +384,7 @@ def _unknown_keys(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
 def _misfits(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     """Sections and lists that got a value of another kind; OmegaConf's own message names no key, or there is none."""
     for name in given:
-        key, node, expected = f"{prefix}{name!s}", given._get_node(name), _child(schema, name)
+        key, node, expected = f"{prefix}{name!s}", given._get_node(name), child_schema(schema, name)
         if node._is_none() or node._is_interpolation():
             continue
         if isinstance(expected, DictConfig):
@@ -271,20 +404,20 @@ def _misfits(given: Any, schema: Any, prefix: str = "") -> Iterator[str]:
                 yield from (f"{key}: {item} within a list; allowed are single values" for item in nested)
 
 
-def _all_keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
+def all_keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a schema, sections and leaves; NAME stands for a name of the user's choice."""
     element = schema._metadata.element_type
     if is_dataclass(element):
-        yield from _all_keys(OmegaConf.structured(element), f"{prefix}NAME.")
+        yield from all_keys(OmegaConf.structured(element), f"{prefix}NAME.")
     for name in schema:
         yield f"{prefix}{name!s}"
         node = schema._get_node(name)
         if isinstance(node, DictConfig) and not node._is_none():
-            yield from _all_keys(node, f"{prefix}{name!s}.")
+            yield from all_keys(node, f"{prefix}{name!s}.")
 
 
-def _suggestion(key: str, schema: DictConfig) -> str:
-    """The nearest valid key: by its whole name, or by its last part if that is spelt right but misplaced."""
-    known = list(_all_keys(schema))
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """The nearest known key: by its whole name, or by its last part if that is spelt right but misplaced."""
     last = key.rpartition(".")[2]
     near = [other for other in known if other.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)

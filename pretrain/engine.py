@@ -1,55 +1,136 @@
 """The training run: build everything from a Config, then one loop that reads on a screen."""
 
+import copy
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from torch import nn
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch
-from data.errors import UserError
 from data.index import write_whole
 from data.source import Source
-from data.stream import Stream, open_train
+from data.stream import Stream, open_cache, open_split, open_train
 from data.text import MAX_CAPTIONS, TokenizerConfig, continues_word, load_tokenizer, train_tokenizer
 from data.transforms import OnDevice
-from objectives.pretraining import Contrast, Loss, Pretraining, trunk_gradients
-from pretrain.checkpoint import find_last, load_checkpoint, save_checkpoint
-from pretrain.config import Config, ConfigError, TrainConfig, to_yaml
+from eval.monitor import Monitor
+from objectives.pretraining import Loss, Pretraining, Together, trunk_gradients
+from pretrain import trackers
+from pretrain.checkpoint import Checkpoints, find_checkpoint, find_last, load_checkpoint
+from pretrain.config import Config, ConfigError, to_yaml
+from pretrain.explain import differences
 from pretrain.initial import load_initial
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
+from pretrain.optimizer import BadSteps, TrainingError, learning_rate, make_optimizer, set_learning_rate
 from pretrain.progress import Progress
+from pretrain.ranks import Ranks, Stop
 
 # Settings that change memory and speed alone.
 SAME_RESULT = {"objectives.contrastive.tile"}
+# What may lie in a run's folder before it has begun.
+BEFORE_A_RUN = {"checkpoints", "tokenizer", "trackers", "bad_steps", "export", "eval", "pictures"}
 
 
-class TrainingError(UserError):
-    """Training can't go on; names the step and the terms."""
+@dataclass
+class Run:
+    """All that the loop works with.
+
+    Attributes:
+        config: the whole run.
+        accelerator: device, precision, ranks.
+        stream: the data, where it stands.
+        tokenizer: of the texts.
+        bare: the module itself.
+        model: the module as ranks share it.
+        optimizer: as Accelerate wraps it.
+        average: of the encoder's weights, if ``train.ema`` is set.
+        step: steps done.
+        bad: steps that were left out.
+        tracker_ids: by which trackers know the run again.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    stream: Stream
+    tokenizer: PreTrainedTokenizerBase
+    bare: Pretraining
+    model: nn.Module
+    optimizer: Any
+    average: Encoder | None
+    step: int
+    bad: BadSteps
+    tracker_ids: dict[str, str]
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.out)
+
+    @property
+    def done(self) -> float:
+        """Share of the steps that are done."""
+        return self.step / self.config.train.steps
+
+    @property
+    def encoder(self) -> Encoder:
+        """What evaluation sees."""
+        return self.bare.encoder if self.average is None else self.average
+
+    def counters(self) -> dict[str, Any]:
+        """What a resumed run has to know besides weights and data."""
+        scaler = self.accelerator.scaler
+        return {
+            "bad_steps": self.bad.count,
+            "trackers": self.tracker_ids,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
 
 
-def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """A signal asked the run to stop; it is saved.
+
+    Attributes:
+        signal: its name.
+        checkpoint: where the run goes on.
+    """
+
+    def __init__(self, signal: str, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal}; {checkpoint} is saved, the same command goes on from it")
+        self.signal, self.checkpoint = signal, checkpoint
+
+
+def pretrain(
+    config: Config,
+    sources: Sequence[Source] | None = None,
+    accelerator: Accelerator | None = None,
+    given: str | None = None,
+) -> Path:
     """Train from the start or from the newest checkpoint to the last step.
 
     Args:
         config: the whole run. ``config.out`` gets config.yaml, env.json, metrics.jsonl and checkpoints/.
         sources: ``open_train(config.data)``, for those who have it already.
+        accelerator: ``start_accelerator(config)``, likewise.
+        given: what of the configuration the user gave; kept as given.yaml.
 
     Returns:
         the last checkpoint's folder.
@@ -58,15 +139,93 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
         ConfigError: settings that this machine or these data can't meet.
         ShardError, FetchError: shards that are missing or damaged.
         StreamError: too many samples that can't be used, or a checkpoint that belongs to other data.
-        CheckpointError: a checkpoint that belongs to another model.
-        TrainingError: a loss that is not finite.
+        CheckpointError: a checkpoint that belongs to another model, or can't be written.
+        TrainingError: too many steps whose gradient is not finite.
+        Stopped: SIGTERM or SIGUSR1 came.
     """
-    accelerator = start_accelerator(config.train)
-    checkpoints = prepare_folder(config)
+    run = set_up(config, sources, accelerator or start_accelerator(config), given)
+    if run.step == config.train.steps and (finished := find_last(run.out / "checkpoints")) is not None:
+        return finished
+    return train(run)
+
+
+def train(run: Run) -> Path:
+    """The loop; what it raises see `pretrain`."""
+    config, settings, accelerator = run.config, run.config.train, run.accelerator
+    steps, main = settings.steps, accelerator.is_main_process
+    on_device = OnDevice(config.data.views).to(accelerator.device)
+    ranks, checkpoints = (
+        Ranks(accelerator.num_processes),
+        Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every),
+    )
+    # A line at each checkpoint too, so that none before it is lost to a run that resumes from it.
+    progress = Progress(
+        run.out / "metrics.jsonl",
+        steps,
+        run.step,
+        settings.batch_size,
+        (settings.log_every, settings.save_every),
+        run.stream.skips,
+        main=main,
+        log=partial(trackers.log, accelerator),
+    )
+    monitor = make_monitor(run)
+    run.model.train()
+    begun = time.perf_counter()
+    batches = progress.timed(run.stream.batches())
+    with Stop() as stop:
+        while True:
+            batch = next(batches)  # there are enough of them
+            rate = learning_rate(settings, run.step)
+            set_learning_rate(run.optimizer, rate)
+            whole = run.step >= steps * (1 - config.objectives.final_whole)
+            inputs = on_device(batch.to(accelerator.device)).split(settings.accumulate)
+            seed, done = step_seed(config.seed, run.step), run.done
+            values: dict[str, Tensor | float] = {}
+            if settings.gradients_every is not None and run.step % settings.gradients_every == 0:
+                values |= pulls(accelerator, run.bare, inputs[0], seed, whole, done)
+            loss = go_backward(accelerator, run.model, inputs, seed, whole, done)
+            norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
+            bad = run.bad.step(run.optimizer, norm, loss.total, accelerator.scaler is not None)
+            run.optimizer.zero_grad()
+            run.step += 1
+            run.bare.after_step(run.done)
+            follow(run)
+
+            everywhere = ranks.sum(stop.got | rows_of(batch, config) | terms_of(loss, run.bare))
+            run.bad.note(run.step, bad, loss.terms, batch.keys)
+            values |= mean_terms(loss, run.bare, everywhere) | shares_cut(batch)
+            values |= {"gradient_norm": norm, "learning_rate": rate}
+            if progress.due:
+                report_bad_steps(run)
+            progress.update(values, {name: everywhere[f"rows {name}"] for name in config.data.views.used})
+            asked = next((name for name in stop.got if everywhere[name]), None)
+            if monitor is not None and monitor.due(run.step, time.perf_counter() - begun):
+                with progress.aside():
+                    progress.evaluated(monitor.look(run.encoder))
+            if run.step % settings.save_every == 0 or run.step == steps or asked is not None:
+                with progress.aside():
+                    save(run, checkpoints)
+                    if settings.pictures and main:
+                        draw(run.bare, inputs[0], seed, run.out / "pictures" / f"step-{run.step:08}.png")
+                if run.step == steps or asked is not None:
+                    break
+    saved = checkpoints.wait()
+    accelerator.wait_for_everyone()  # others must not read, or end, before it is written
+    trackers.finish(accelerator)
+    saved = run.out / "checkpoints" / f"step-{run.step:08d}" if saved is None else saved
+    if asked is not None and run.step < steps:
+        raise Stopped(asked, saved)
+    return saved
+
+
+def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accelerator, given: str | None = None) -> Run:
+    """Everything built and, where there is a checkpoint to go on from, restored; raises what `pretrain` raises."""
+    out, main = Path(config.out), accelerator.is_main_process
+    resumed_from = prepare_folder(config, accelerator)
     sources = open_train(config.data) if sources is None else sources
-    check_modalities(config, sources)
-    resumed_from = find_last(checkpoints)
-    tokenizer = make_tokenizer(config.tokenizer, sources, resumed_from)
+    accelerator.print(modalities_of(config, sources))
+    tokenizer = make_tokenizer(config.tokenizer, sources, resumed_from, out, accelerator)
     stream = Stream(
         sources,
         config.data,
@@ -76,6 +235,11 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    if (part := config.train.batch_size // accelerator.num_processes) % config.train.accumulate:
+        raise ConfigError(
+            f"train.accumulate={config.train.accumulate} does not divide the {part} samples of a step that each of "
+            f"{accelerator.num_processes} processes has"
+        )
     identity = identity_of(config)
 
     torch.manual_seed(config.seed)
@@ -83,64 +247,129 @@ def pretrain(config: Config, sources: Sequence[Source] | None = None) -> Path:
     if resumed_from is None:
         load_initial(encoder, config.init_from)
     encoder.recompute = config.train.recompute
+    continues = continues_word(tokenizer) if config.objectives.masked_language.whole_words else None
+    bare = Pretraining(encoder, config.objectives, continues).to(accelerator.device)
+    average = copy.deepcopy(encoder).requires_grad_(False) if config.train.ema is not None else None
     if config.train.compile:
         encoder.compile_blocks()
-    continues = continues_word(tokenizer) if config.objectives.masked_language.whole_words else None
-    bare = Pretraining(encoder, config.objectives, continues)
     bare_optimizer = make_optimizer(bare, config.train)
-    model, optimizer = accelerator.prepare(bare, bare_optimizer)
-    step = 0
+    step, counters = 0, dict[str, Any]()
     if resumed_from is not None:
-        step = load_checkpoint(resumed_from, bare, bare_optimizer, identity)
-        print(f"resumed from {resumed_from} at step {step}")
+        step, counters = load_checkpoint(resumed_from, bare, bare_optimizer, identity, average)
+        accelerator.print(f"resumed from {resumed_from} at step {step}")
+        if (before := out / "config.yaml").exists() and (lines := differences(before.read_text(), config)):
+            accelerator.print("  " + "\n  ".join(lines))
         if changed := stream.load(resumed_from):
-            print("the data have changed, a new pass over them begins:\n  " + "\n  ".join(changed))
+            accelerator.print("the data have changed, a new pass over them begins:\n  " + "\n  ".join(changed))
         if step > config.train.steps:
             raise ConfigError(f"train.steps={config.train.steps}, but {resumed_from} has done {step} already")
-        if step == config.train.steps:
-            return resumed_from
     if stream.steps is not None and stream.steps < config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but max_epochs of all sources end at step {stream.steps}")
-    record_run(config)
-    drop_later_metrics(Path(config.out) / "metrics.jsonl", step)
-    describe(config, accelerator, encoder, sources, len(tokenizer))
+    model, optimizer = accelerator.prepare(bare, bare_optimizer)
+    if accelerator.scaler is not None and counters.get("scaler"):
+        accelerator.scaler.load_state_dict(counters["scaler"])
+    bad = BadSteps(config.train.max_bad_steps, counters.get("bad_steps", 0))
+    run = Run(config, accelerator, stream, tokenizer, bare, model, optimizer, average, step, bad, {})
+    if step < config.train.steps:
+        if main:
+            record_run(config, given)
+            drop_later_metrics(out / "metrics.jsonl", step)
+            describe(config, accelerator, encoder, sources, len(tokenizer))
+        run.tracker_ids = trackers.start(
+            accelerator, config.trackers, asdict(config), out, step, counters.get("trackers")
+        )
+    return run
 
-    steps, batch_size = config.train.steps, config.train.batch_size
-    on_device = OnDevice(config.data.views).to(accelerator.device)
-    # A line at each checkpoint too, so that none before it is lost to a run that resumes from it.
-    every = (config.train.log_every, config.train.save_every)
-    progress = Progress(Path(config.out) / "metrics.jsonl", steps, step, batch_size, every, stream.skips)
-    model.train()
-    batches = progress.timed(stream.batches())
-    while True:
-        batch = next(batches)  # there are enough of them
-        rate = learning_rate(config.train, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        whole = step >= steps * (1 - config.objectives.final_whole)
-        inputs = on_device(batch.to(accelerator.device)).split(config.train.accumulate)
-        seed = step_seed(config.seed, step)
-        values: dict[str, torch.Tensor | float] = {}
-        if config.train.gradients_every is not None and step % config.train.gradients_every == 0:
-            values |= pulls(accelerator, bare, inputs[0], seed, whole, step / steps)
-        loss = go_backward(accelerator, model, inputs, seed, whole, step / steps)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        bare.after_step(step / steps)
-        if progress.due:
-            check_finite(loss, norm, step)
-        values |= {"loss": loss.total, **loss.terms, "gradient_norm": norm, "learning_rate": rate, **shares_cut(batch)}
-        progress.update(values)
-        if step % config.train.save_every == 0 or step == steps:
-            saved = save_checkpoint(
-                checkpoints, step, bare, tokenizer, bare_optimizer, stream, identity, config.train.keep
-            )
-            if config.train.pictures:
-                draw(bare, inputs[0], seed, Path(config.out) / "pictures" / f"step-{step:08}.png")
-            if step == steps:
-                return saved
+
+def save(run: Run, checkpoints: Checkpoints) -> None:
+    """Begin to write a checkpoint; the first rank does."""
+    if run.accelerator.is_main_process:
+        checkpoints.save(
+            run.step,
+            run.bare,
+            getattr(run.optimizer, "optimizer", run.optimizer),
+            run.tokenizer,
+            run.stream.state_dict(),
+            identity_of(run.config),
+            run.counters(),
+            run.average,
+        )
+
+
+@torch.no_grad()
+def follow(run: Run) -> None:
+    """The average of the weights goes a step after them (Polyak and Juditsky 1992), if there is one."""
+    if run.average is not None:
+        average = get_ema_multi_avg_fn(run.config.train.ema)  # type: ignore[no-untyped-call]
+        average(list(run.average.parameters()), [p.detach() for p in run.bare.encoder.parameters()], None)
+
+
+def make_monitor(run: Run) -> Monitor | None:
+    """What looks at the encoder on the way, if ``eval.monitor.every`` is set."""
+    config, accelerator = run.config, run.accelerator
+    if config.eval.monitor.every is None:
+        return None
+    return Monitor(
+        config.eval.monitor,
+        open_split(config.data, config.data.val),
+        Source([shard for source in run.stream.sources for shard in source.shards], cache=open_cache(config.data)),
+        run.tokenizer,
+        config.eval.label,
+        accelerator.device,
+        config.eval.batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+
+
+def rows_of(batch: Batch, config: Config) -> dict[str, int]:
+    """How many rows of the batch have a modality."""
+    fields = batch.fields
+    return {f"rows {name}": len(fields[name].rows) if name in fields else 0 for name in config.data.views.used}
+
+
+def terms_of(loss: Loss, bare: Pretraining) -> dict[str, int]:
+    """Which terms this rank's loss has."""
+    return {f"has {name}": int(name in loss.terms) for name in bare.names}
+
+
+def mean_terms(loss: Loss, bare: Pretraining, everywhere: Mapping[str, int]) -> dict[str, Tensor | float]:
+    """The loss and its terms over all ranks, of which some may have had nothing for a term."""
+    names = [name for name in bare.names if everywhere[f"has {name}"]]
+    zero = torch.zeros_like(loss.total)
+    values = torch.stack([loss.total, *(loss.terms.get(name, zero).to(zero.dtype) for name in names)])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(["loss", *names], values.unbind(), strict=True))
+
+
+def report_bad_steps(run: Run) -> None:
+    """Say which steps since the last report were left out, and write down the samples that they had.
+
+    Raises:
+        TrainingError: there were more than ``train.max_bad_steps``.
+    """
+    found = run.bad.look()
+    if not found:
+        return
+    path = run.out / "bad_steps" / f"rank-{run.accelerator.process_index}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for step in found:
+            file.write(json.dumps({"step": step.step, "not_finite": step.terms, "keys": step.keys}) + "\n")
+    last = found[-1]
+    what = f", nor {', '.join(last.terms)}" if last.terms else ", though this process's losses are"
+    message = (
+        f"step {last.step}: the gradient is not finite{what}. {run.bad.count} step{'s' * (run.bad.count > 1)} left out "
+        f"so far; the keys of their samples are in {path}"
+    )
+    if run.bad.count > run.bad.allowed:
+        raise TrainingError(
+            f"{message}. That is more than train.max_bad_steps={run.bad.allowed}; try a lower train.learning_rate, or "
+            "train.precision=fp32"
+        )
+    run.accelerator.print(f"WARNING {message}")
 
 
 def go_backward(
@@ -148,24 +377,23 @@ def go_backward(
 ) -> Loss:
     """Forward and backward, one micro-batch after the other; returns the means of their losses."""
     bare: Pretraining = accelerator.unwrap_model(model)
-    seeds = [seed] if len(inputs) == 1 else [step_seed(seed, part) for part in range(len(inputs))]
-    contrasts: list[Contrast | None] = [None] * len(inputs)
-    config = bare.config
-    if len(inputs) > 1 and config.contrastive.cached and config.weight("contrastive", progress) > 0:
+    together: Sequence[Together | None] = [None]
+    if len(inputs) > 1:
         with accelerator.autocast():
-            contrasts = [*bare.contrast_together(inputs, seeds, whole)]
+            together = bare.together(inputs, seed, whole, progress)
     losses: list[Loss] = []
-    for part, (batch, its_seed, contrast) in enumerate(zip(inputs, seeds, contrasts, strict=True), 1):
+    for part, (batch, others) in enumerate(zip(inputs, together, strict=True), 1):
         # Ranks exchange gradients once, with the last.
         with nullcontext() if part == len(inputs) else accelerator.no_sync(model):
-            loss: Loss = model(batch, seed=its_seed, whole=whole, progress=progress, contrast=contrast)
+            loss: Loss = model(batch, seed=seed, whole=whole, progress=progress, together=others)
             accelerator.backward(loss.total / len(inputs))
         losses.append(Loss(loss.total.detach(), {name: term.detach() for name, term in loss.terms.items()}))
     if len(losses) == 1:
         return losses[0]
-    names = {name: None for loss in losses for name in loss.terms}
-    means = {name: torch.stack([loss.terms[name] for loss in losses if name in loss.terms]).mean() for name in names}
-    return Loss(torch.stack([loss.total for loss in losses]).mean(), means)
+    total = torch.stack([loss.total for loss in losses]).mean()
+    names = dict.fromkeys(name for loss in losses for name in loss.terms)
+    zero = torch.zeros_like(total)  # what a term is to a micro-batch that has nothing for it
+    return Loss(total, {name: torch.stack([loss.terms.get(name, zero) for loss in losses]).mean() for name in names})
 
 
 def pulls(
@@ -190,24 +418,35 @@ def draw(bare: Pretraining, batch: Batch, seed: int, path: Path) -> None:
         write_whole(path, picture)
 
 
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """One process, on the device that Accelerate finds, in the precision asked for.
+def start_accelerator(config: Config) -> Accelerator:
+    """The processes that this one is launched with, on the device that Accelerate finds, in the precision asked for.
 
     Raises:
-        ConfigError: launched with several processes.
+        ConfigError: a precision that this device does not have.
+        TrackerError: a tracker that is not installed.
     """
     # Without CUDA it is the CPU: Apple's GPUs have no float64, in which the log-mel is computed.
     cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=cpu)
-    if state.num_processes > 1:
-        raise ConfigError(f"launched with {state.num_processes} processes, training runs in one: add --num_processes 1")
-    precision = config.precision
+    settings = config.train
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.timeout))
+    state = PartialState(cpu=cpu, **timeout.to_kwargs())
+    precision = settings.precision
     if precision == "auto":
         precision = "bf16" if fast_in_bf16(state.device) else "fp32"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if precision == "bf16" else "no")
+    if precision == "fp16" and state.device.type != "cuda":
+        raise ConfigError(f"train.precision=fp16 needs a GPU, and this is {state.device}; allowed are auto, fp32, bf16")
+    # Buffers are the same on all ranks anyway.
+    together = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[timeout, together],
+        **trackers.accelerator_arguments(config.trackers, Path(config.out)),
+    )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
-        torch.set_num_threads(config.threads or available_cpus())
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(settings.threads or max(1, available_cpus() // here))
     return accelerator
 
 
@@ -226,23 +465,42 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def prepare_folder(config: Config) -> Path:
-    """Make the run's folder; returns its ``checkpoints``.
+def prepare_folder(config: Config, accelerator: Accelerator) -> Path | None:
+    """Make the run's folder; returns the checkpoint to go on from, or None.
 
     Raises:
-        ConfigError: ``resume=none`` where there is a checkpoint already.
+        ConfigError: ``resume`` does not fit what is there, or there is something that is no run.
+        CheckpointError: ``resume`` is the path of nothing that can be resumed.
     """
     out = Path(config.out)
-    checkpoints = out / "checkpoints"
-    if config.resume == "none" and find_last(checkpoints) is not None:
-        raise ConfigError(f"resume=none, but {checkpoints} holds a checkpoint: choose another `out`, or remove it")
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    return checkpoints
+    own = find_last(out / "checkpoints")
+    if config.resume == "none" and own is not None:
+        raise ConfigError(
+            f"resume=none, but {out / 'checkpoints'} holds a checkpoint: choose another `out`, or remove it"
+        )
+    if own is None and out.exists() and not (out / "config.yaml").exists():
+        odd = sorted(path.name for path in out.iterdir() if path.name not in BEFORE_A_RUN)
+        if odd:
+            raise ConfigError(
+                f"out={out}: there is something that is no run ({', '.join(odd[:3])}): choose another `out`"
+            )
+    resumed_from = own
+    if config.resume not in ("auto", "none"):
+        resumed_from = find_checkpoint(Path(config.resume)).resolve()
+        if own is not None and resumed_from.parent != own.resolve().parent:
+            raise ConfigError(
+                f"resume={config.resume}, but {out / 'checkpoints'} holds checkpoints of its own: choose another `out`"
+            )
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return resumed_from
 
 
-def record_run(config: Config) -> None:
-    """Write config.yaml and env.json, once it is sure that this configuration runs."""
+def record_run(config: Config, given: str | None) -> None:
+    """Write config.yaml, given.yaml and env.json, once it is sure that this configuration runs."""
     out = Path(config.out)
+    if given is not None:
+        (out / "given.yaml").write_text(given)
     (out / "config.yaml").write_text(to_yaml(config))
     packages = ("torch", "transformers", "accelerate", "datasets", "webdataset", "numpy", "tokenizers", "safetensors")
     environment = {
@@ -257,8 +515,8 @@ def record_run(config: Config) -> None:
     (out / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def check_modalities(config: Config, sources: Sequence[Source]) -> None:
-    """Print how many samples have each modality, and what nothing reads.
+def modalities_of(config: Config, sources: Sequence[Source]) -> str:
+    """How many samples have each modality, and what nothing reads; a line per source.
 
     Raises:
         ConfigError: a modality in use that no sample has.
@@ -271,11 +529,13 @@ def check_modalities(config: Config, sources: Sequence[Source]) -> None:
                 + (f"; not read are {unread}" if unread else "")
                 + f". Set data.views.{name}=null to train without it"
             )
+    lines = []
     for source in sources:
         counts = ", ".join(f"{source.count(name)} with {name}" for name in config.data.views.used)
-        print(f"{'samples' if len(sources) == 1 else source.name:9} {len(source)}: {counts}")
+        lines.append(f"{'samples' if len(sources) == 1 else source.name:9} {len(source)}: {counts}")
     if unread:
-        print(f"          members that nothing reads: {unread}")
+        lines.append(f"          members that nothing reads: {unread}")
+    return "\n".join(lines)
 
 
 def identity_of(config: Config) -> dict[str, Any]:
@@ -301,7 +561,11 @@ def flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def make_tokenizer(
-    config: TokenizerConfig, sources: Sequence[Source], checkpoint: Path | None
+    config: TokenizerConfig,
+    sources: Sequence[Source],
+    checkpoint: Path | None,
+    out: Path,
+    accelerator: Accelerator,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint if there is one, else the named one, else one trained on the captions.
 
@@ -312,8 +576,12 @@ def make_tokenizer(
         return load_tokenizer(checkpoint / "encoder" / "tokenizer")
     if config.name is not None:
         return load_tokenizer(config.name)
-    captions = chain.from_iterable(source.captions(MAX_CAPTIONS // len(sources)) for source in sources)
-    return train_tokenizer(captions, config.train or 0)
+    folder = out / "tokenizer"
+    if accelerator.is_main_process:  # the others read it: a tokenizer of their own might differ
+        captions = chain.from_iterable(source.captions(MAX_CAPTIONS // len(sources)) for source in sources)
+        train_tokenizer(captions, config.train or 0).save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    return load_tokenizer(folder)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -323,45 +591,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     )
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear layers, and nothing else."""
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up from 0, then a cosine to 0 at the last step; ``step`` counts from 0."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-
 def step_seed(seed: int, step: int) -> int:
     """The seed of a step's masks: a function of the run's seed and the step, so nothing of it has to be saved."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # torch's generators take signed 64-bit seeds
-
-
-def check_finite(loss: Loss, norm: torch.Tensor, step: int) -> None:
-    """Stop at a loss or gradient that is not finite.
-
-    Raises:
-        TrainingError: names the step and every term.
-    """
-    if math.isfinite(loss.total.item()) and math.isfinite(float(norm)):
-        return
-    terms = ", ".join(f"{name} {value.item():.3g}" for name, value in loss.terms.items())
-    raise TrainingError(
-        f"step {step}: the loss or its gradient is not finite ({terms}, gradient norm {float(norm):.3g}); "
-        "try a lower train.learning_rate, or train.precision=fp32"
-    )
 
 
 def shares_cut(batch: Batch) -> dict[str, float]:

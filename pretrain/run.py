@@ -25,9 +25,12 @@ from data.stream import STATE, open_cache, open_split, open_train
 from eval.report import read_results, table, write_results
 from eval.run import about, evaluate, read_labels
 from pretrain.checkpoint import load_encoder
-from pretrain.config import Config, load_config, to_yaml
-from pretrain.engine import pretrain, start_accelerator
+from pretrain.config import Config, find_recipe, given_yaml, load_config
+from pretrain.engine import Stopped, pretrain, start_accelerator
+from pretrain.explain import commented_yaml, explain
 from pretrain.export import export
+from pretrain.model.encoder import Encoder
+from pretrain.summary import previous_results, results_table, warnings_of
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
 HELP = """\
@@ -55,28 +58,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", help="YAML file; default: the digits recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
+    parser.add_argument("--explain", metavar="KEY", help="say what a setting, such as train.warmup, means, and stop")
     arguments = parser.parse_intermixed_args(argv)
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # no recipe was given, only settings
         recipe, overrides = None, [recipe, *overrides]
     try:
-        config = load_config(Path(recipe) if recipe else DEFAULT_RECIPE, overrides)
-        if arguments.print_config:
-            print(to_yaml(config), end="")
+        if arguments.explain is not None:
+            print(explain(arguments.explain))
             return 0
-        run(config)
+        path = find_recipe(recipe) if recipe else DEFAULT_RECIPE
+        config = load_config(path, overrides)
+        if arguments.print_config:
+            print(commented_yaml(config), end="")
+            return 0
+        run(config, given_yaml(path, overrides))
+    except Stopped as stopped:
+        print(stopped)
+        return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(config: Config) -> None:
-    """Build the embedded data if asked for, train, export, evaluate, and say what came out."""
-    device = start_accelerator(config.train).device
-    if config.data.embedded == "digits":
-        digits.build(Path(config.data.root))
-    sources = open_train(config.data)
+def run(config: Config, given: str | None = None) -> None:
+    """Build the embedded data if asked for, train, export, evaluate, and say what came out.
+
+    Args:
+        config: the whole run.
+        given: what of it the user gave, to be kept beside it.
+    """
+    accelerator = start_accelerator(config)
+    device = accelerator.device
+    with accelerator.main_process_first():  # it builds what is not there: data, and the shards' indices
+        if config.data.embedded == "digits":
+            digits.build(Path(config.data.root))
+        sources = open_train(config.data)
     scored = config.eval.label is not None
     splits: dict[str, Source] = {}
     if scored:  # a wrong label should show now, not after the training
@@ -85,7 +103,10 @@ def run(config: Config) -> None:
         splits["val"], splits["test"] = (open_split(config.data, p) for p in (config.data.val, config.data.test))
         read_labels(splits, config.eval)
 
-    checkpoint = pretrain(config, sources)
+    checkpoint = pretrain(config, sources, accelerator, given)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     out = Path(config.out)
     encoder, tokenizer = load_encoder(checkpoint)
     folders = export(encoder, tokenizer, out / "export")
@@ -94,10 +115,24 @@ def run(config: Config) -> None:
         path, subject = out / "eval" / "results.json", about(checkpoint / "encoder", splits, config.eval)
         results = read_results(path, subject)
         if results is None:
+            before = previous_results(path, subject)
             results = evaluate(encoder, tokenizer, splits, config.eval, device, config.data.workers)
             write_results(path, results, subject)
-        scores = table(results) + "\n\n"
-    print("\n" + scores + skipped_samples(checkpoint) + closing_screen(out, checkpoint, list(folders)))
+            scores = results_table(results, before) + "\n\n"
+        else:
+            scores = table(results) + "\n\n"
+    found = "".join(f"WARNING     {warning}\n" for warning in warnings(config, encoder))
+    screen = closing_screen(out, checkpoint, list(folders))
+    print("\n" + scores + skipped_samples(checkpoint) + found + "\n" * bool(found) + screen)
+
+
+def warnings(config: Config, encoder: Encoder) -> list[str]:
+    """What metrics.jsonl shows that one should know of."""
+    lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if any(name.startswith("rankme/") for name in line)]
+    probe = {name: value for name, value in (looks[-1] if looks else {}).items() if isinstance(value, float)}
+    dims = dict.fromkeys(encoder.views.used, min(encoder.config.width, config.eval.monitor.samples))
+    return warnings_of(lines, probe, dims)
 
 
 def closing_screen(out: Path, checkpoint: Path, modalities: Sequence[str]) -> str:

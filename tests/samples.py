@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,11 @@ def batch(presence: list[str], seed: int = 0) -> Batch:
     if rows["a"]:
         fields["audio"] = Field(spectrograms(len(rows["a"]), seed), torch.tensor(rows["a"]))
     return Batch(fields, len(presence), [f"k{row}" for row in range(len(presence))])
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,18 +1,13 @@
-import ast
-import dataclasses
-import inspect
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from data.digits import CLASS_NAMES, TEMPLATES
 from data.stream import SourceConfig
-from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
+from data.transforms import AudioView
+from pretrain.config import RECIPES, ConfigError, TrainConfig, find_recipe, given_yaml, load_config, to_yaml
 
-DIGITS = Path(__file__).parents[1] / "pretrain" / "recipes" / "digits.yaml"
+DIGITS = RECIPES / "digits.yaml"
 
 
 def refusal(*overrides: str, recipe: Path = DIGITS) -> str:
@@ -22,19 +17,10 @@ def refusal(*overrides: str, recipe: Path = DIGITS) -> str:
     return str(error.value)
 
 
-def written(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "recipe.yaml"
+def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = tmp_path / name
     path.write_text(text)
     return path
-
-
-def nested(cls: Any) -> Iterator[Any]:
-    """A dataclass and all dataclasses that its fields hold."""
-    yield cls
-    for hint in get_type_hints(cls).values():
-        for part in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(part):
-                yield from nested(part)
 
 
 def test_all_unknown_keys_are_listed_with_the_nearest_valid_one(tmp_path: Path) -> None:
@@ -428,28 +414,6 @@ def test_to_yaml_is_a_recipe_of_the_same_run(tmp_path: Path, overrides: list[str
     assert to_yaml(again) == to_yaml(config)
 
 
-@pytest.mark.parametrize("cls", dict.fromkeys(nested(Config)), ids=lambda cls: str(cls.__name__))
-def test_every_setting_has_a_docstring(cls: Any) -> None:
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
-    documented = {
-        statement.target.id
-        for statement, following in zip(definition.body, definition.body[1:], strict=False)
-        if isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        and isinstance(following.value.value, str)
-    }
-    assert documented == {field.name for field in dataclasses.fields(cls)}
-
-
-def test_the_walk_over_settings_finds_them_all() -> None:
-    names = {cls.__name__ for cls in nested(Config)}
-    assert {"Config", "TrainConfig", "Views", "ImageView", "AudioView", "MaskedRegionConfig", "EvalConfig"} <= names
-    assert "SourceConfig" in names
-
-
 def test_the_digits_recipe_asks_for_what_the_digits_are() -> None:
     config = load_config(DIGITS)
     assert config.data.embedded == "digits"
@@ -470,3 +434,141 @@ def test_modalities_that_no_objective_learns_from_are_refused(absent: tuple[str,
     with pytest.raises(ConfigError, match=rf"only {left}, from which none of the objectives"):
         load_config(DIGITS, [*views, f"objectives.{off}.weight=0"])
     assert list(load_config(DIGITS, views).data.views.used) == [left]
+
+
+# --- A recipe over another
+
+
+BASE = """
+data: {train: [a.tar], views: {audio: null}}
+tokenizer: {train: 300}
+model: {preset: small, depth: 3}
+eval: {label: null}
+train: {steps: 5, batch_size: 8}
+"""
+
+
+def test_a_recipe_lies_over_those_that_it_extends_and_overrides_over_all(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    written(tmp_path, BASE, "shared/base.yaml")
+    written(tmp_path, "extends: base.yaml\ntrain: {steps: 6, learning_rate: 0.1, warmup: 0.2}\n", "shared/middle.yaml")
+    recipe = written(tmp_path, "extends: shared/middle.yaml\nmodel: {preset: tiny}\ntrain: {learning_rate: 0.3}\n")
+    config = load_config(recipe, ["train.warmup=0.4"])
+    train = config.train
+    assert (train.batch_size, train.steps, train.learning_rate, train.warmup) == (8, 6, 0.3, 0.4)
+    assert (config.model.width, config.model.depth) == (192, 3)
+    assert config.data.train == {"train": SourceConfig(["a.tar"])}
+    assert config.data.views.audio is None
+
+
+def test_a_section_that_the_extended_recipe_sets_to_null_comes_back_with_its_defaults(tmp_path: Path) -> None:
+    written(tmp_path, BASE, "base.yaml")
+    config = load_config(written(tmp_path, "extends: base.yaml\ndata: {views: {audio: {mels: 64}}}\n"))
+    assert config.data.views.audio == AudioView(mels=64)
+
+
+@pytest.mark.parametrize(
+    ("train", "sources"),
+    [
+        ("[b.tar]", {"train": ["b.tar"]}),
+        ("b.tar", {"train": ["b.tar"]}),
+        ("{more: {shards: [b.tar]}}", {"web": ["w.tar"], "more": ["b.tar"]}),
+        ("{web: {shards: [b.tar]}}", {"web": ["b.tar"]}),
+    ],
+)
+def test_sources_over_sources(tmp_path: Path, train: str, sources: dict[str, list[str]]) -> None:
+    written(tmp_path, "data: {train: {web: {shards: [w.tar]}}}\ntokenizer: {train: 300}\n", "base.yaml")
+    recipe = written(tmp_path, f"extends: base.yaml\ndata: {{train: {train}}}\n")
+    expected = {name: SourceConfig(shards) for name, shards in sources.items()}
+    assert load_config(recipe).data.train == expected
+
+
+def test_a_bare_name_is_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(written(tmp_path, "extends: digits\ntrain: {steps: 7}\n"))
+    assert config.train.steps == 7
+    assert config == load_config(DIGITS, ["train.steps=7"])
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("digits") == DIGITS
+    assert load_config(Path("digits")) == load_config(DIGITS)
+    assert find_recipe("recipe.yaml") == Path("recipe.yaml")
+    (tmp_path / "digits").mkdir()  # such as the folder of a run
+    assert find_recipe("digits") == DIGITS
+
+
+@pytest.mark.parametrize("name", ["no.yaml", "digit", "digits.yaml", "", "."])
+def test_no_such_recipe_lists_the_shipped_ones(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        find_recipe(name, tmp_path)
+    assert str(error.value).startswith(f"no recipe at {tmp_path / name}; ")
+    assert str(error.value).endswith(", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))))
+
+
+def test_a_missing_recipe_names_those_that_led_to_it(tmp_path: Path) -> None:
+    middle = written(tmp_path, "extends: gone.yaml\n", "middle.yaml")
+    recipe = written(tmp_path, "extends: middle.yaml\n")
+    message = refusal(recipe=recipe)
+    assert message.startswith(f"{recipe} extends {middle} extends gone.yaml: no recipe at {tmp_path / 'gone.yaml'}; ")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "other.yaml", "../{}/recipe.yaml"])
+def test_a_circle_is_refused(tmp_path: Path, name: str) -> None:
+    other = written(tmp_path, "extends: recipe.yaml\n", "other.yaml")
+    recipe = written(tmp_path, f"extends: {name.format(tmp_path.name)}\n")
+    message = refusal(recipe=recipe)
+    assert message.startswith(f"{recipe} extends {tmp_path}")
+    assert message.endswith(": a recipe can't extend itself")
+    assert (str(other) in message) == (name == "other.yaml")
+
+
+@pytest.mark.parametrize("value", ["", "null", "[a.yaml]", "{a: b}", "5", "${gone}", "???"])
+def test_what_extends_must_be_one_name(tmp_path: Path, value: str) -> None:
+    recipe = written(tmp_path, f"extends: {value}\n")
+    message = refusal(recipe=recipe)
+    assert message.startswith(f"{recipe}: extends: ")
+    assert "unknown" not in message
+
+
+def test_unknown_keys_of_all_files_are_listed_together(tmp_path: Path) -> None:
+    base = written(tmp_path, f"{BASE}modle: {{width: 8}}\n", "base.yaml")
+    recipe = written(tmp_path, "extends: base.yaml\ntrain: {stpes: 3, extends: base.yaml}\n")
+    assert refusal("data.wrokers=1", "extends=digits", recipe=recipe).splitlines() == [
+        f"{base}: unknown key 'modle'; did you mean 'model'?",
+        f"{recipe}: unknown key 'train.stpes'; did you mean 'train.steps'?",
+        f"{recipe}: unknown key 'train.extends'; did you mean 'extends'?",
+        "command line: unknown key 'data.wrokers'; did you mean 'data.workers'?",
+        "command line: extends stands in recipes only: name the other recipe in the place of this one",
+    ]
+    misspelt = written(tmp_path, "extend: base.yaml\n")
+    assert refusal(recipe=misspelt) == f"{misspelt}: unknown key 'extend'; did you mean 'extends'?"
+
+
+def test_a_broken_recipe_below_is_named(tmp_path: Path) -> None:
+    base = written(tmp_path, "a: b: c\n", "base.yaml")
+    assert refusal(recipe=written(tmp_path, "extends: base.yaml\n")).startswith(f"{base}: ")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.steps=9", "data.views.audio=null", "data.train=[b.tar]"],
+        [
+            "data.train.web={shards: [w.tar], weight: 1}",
+            "data.train.train.weight=0.5",
+            "out='1e3'",
+            "model.preset=micro",
+        ],
+        ["data.views.audio.mels=64", "train.steps=${train.batch_size}", "out='#a: b\n\x85 ä'"],
+        ["data.views.text=null", "data.views.text.max_tokens=8", "data.views.text=null"],
+    ],
+)
+def test_what_was_given_is_a_recipe_of_the_same_run(tmp_path: Path, overrides: list[str]) -> None:
+    base = written(tmp_path, BASE, "base.yaml")
+    recipe = written(tmp_path, "extends: base.yaml\ntrain: {warmup: 0.2}\n")
+    text = given_yaml(recipe, overrides)
+    given = written(tmp_path, text, "given.yaml")
+    assert load_config(given) == load_config(recipe, overrides)
+    assert text.splitlines()[1:3] == [f"# {base}", f"# {recipe}"]
+    shown = [override for override in overrides if override.isprintable()]
+    assert all(f"# {override}\n" in text for override in shown)
+    assert "learning_rate" not in text  # a default, which nobody gave

@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -16,22 +15,15 @@ from torch import Tensor, nn
 import pretrain.engine
 from data.index import index_path, load_index
 from data.shards import write_shards
-from data.skips import Skips, StreamError
+from data.skips import StreamError
 from data.stream import SourceConfig
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
-from pretrain.engine import (
-    TrainingError,
-    check_finite,
-    drop_later_metrics,
-    learning_rate,
-    make_optimizer,
-    start_accelerator,
-    step_seed,
-)
+from pretrain.engine import drop_later_metrics, start_accelerator, step_seed
 from pretrain.export import export
-from pretrain.progress import Progress, duration
+from pretrain.optimizer import TrainingError, learning_rate, make_optimizer
+from pretrain.progress import Progress
 from pretrain.run import skipped_samples
 from tests.tiny import BATCH_SIZE, COUNTS, STEPS, tiny_config, tiny_encoder, tiny_tokenizer, tiny_trained_state
 
@@ -56,10 +48,10 @@ def cut_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Let training end in the middle of a step."""
     update = Progress.update
 
-    def maybe(self: Progress, values: Mapping[str, Tensor | float]) -> dict[str, float] | None:
+    def maybe(self: Progress, *arguments: Any) -> dict[str, float] | None:
         if self.step + 1 == step:
             raise PowerCutError
-        return update(self, values)
+        return update(self, *arguments)
 
     patch.setattr(Progress, "update", maybe)
 
@@ -173,7 +165,8 @@ def test_another_seed_gives_another_run(whole: Run, tmp_path: Path) -> None:
 
 
 def test_every_line_of_metrics_is_there_once_and_the_same(whole: Run, resumed: Run) -> None:
-    timing = {"samples_per_second", "data_wait"}
+    rates = {"samples_per_second", *(f"samples_per_second/{name}" for name in ("image", "text", "audio"))}
+    timing = {*rates, "data_wait", "memory_gb", "resident_gb"}
     a, b = ([{k: v for k, v in line.items() if k not in timing} for line in run.metrics()] for run in (whole, resumed))
     assert [line["step"] for line in a] == [2, 4, 6, 8, 10, 12]
     assert a == b
@@ -203,7 +196,7 @@ def test_a_step_sees_its_place_in_the_order_its_seed_and_at_the_end_whole_inputs
     forward = Pretraining.forward
 
     def watch(
-        self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0, contrast: Any = None
+        self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0, together: Any = None
     ) -> Loss:
         seen.append((batch.keys, seed, whole))
         return forward(self, batch, seed, whole, progress)
@@ -419,82 +412,95 @@ def test_a_modality_that_no_sample_has_is_refused(tmp_path: Path, capsys: pytest
     assert "nothing reads: .cls, .mp3" in shown
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Four:
-        num_processes = 4
-
-        def __init__(self, **_: object) -> None:
-            self.device = torch.device("cpu")
-
-    monkeypatch.setattr(pretrain.engine, "PartialState", Four)
-    with pytest.raises(ConfigError, match="4 processes"):
-        start_accelerator(TrainConfig(precision="fp32"))
-
-
-def test_the_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_are_those_asked_for_or_shared_by_the_processes_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(pretrain.engine, "available_cpus", lambda: 7)
-    start_accelerator(TrainConfig(precision="fp32", threads=3))
-    start_accelerator(TrainConfig(precision="fp32"))
-    assert chosen == [3, 7]
+    start_accelerator(tiny_config(tmp_path, "train.threads=3"))
+    start_accelerator(tiny_config(tmp_path, "train.threads=null"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    start_accelerator(tiny_config(tmp_path, "train.threads=null"))
+    assert chosen == [3, 7, 3]
 
 
 @pytest.mark.parametrize(("fast", "mixed"), [(True, "bf16"), (False, "no")])
-def test_auto_takes_bf16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, fast: bool, mixed: str) -> None:
+def test_auto_takes_bf16_where_it_is_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, mixed: str
+) -> None:
     asked: list[str] = []
 
     class Recorded:
         num_processes = 1
 
-        def __init__(self, cpu: bool, mixed_precision: str) -> None:
+        def __init__(self, mixed_precision: str, **_: object) -> None:
             asked.append(mixed_precision)
             self.device = torch.device("cpu")
 
     monkeypatch.setattr(pretrain.engine, "Accelerator", Recorded)
     monkeypatch.setattr(pretrain.engine, "fast_in_bf16", lambda device: fast)
     for precision in ("auto", "fp32", "bf16"):
-        start_accelerator(TrainConfig(precision=precision, threads=1))
+        start_accelerator(tiny_config(tmp_path, f"train.precision={precision}", "train.threads=1"))
     assert asked == [mixed, "no", "bf16"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16 needs a GPU, and this is cpu"):
+        start_accelerator(tiny_config(tmp_path, "train.precision=fp16"))
+
+
+def spoil(patch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the loss of these steps, counted from 1, not finite."""
+    forward, calls = Pretraining.forward, list[int]()
+
+    def spoilt(self: Pretraining, batch: Any, seed: int, *arguments: Any, **named: Any) -> Loss:
+        calls.append(seed)
+        loss = forward(self, batch, seed, *arguments, **named)
+        if len(calls) not in steps:
+            return loss
+        return Loss(loss.total * math.nan, {**loss.terms, "image_text": loss.terms["image_text"] * math.nan})
+
+    patch.setattr(Pretraining, "forward", spoilt)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights: list[Tensor] = []
+
+    def watch(self: Pretraining, progress: float) -> None:
+        weights.append(torch.cat([p.detach().flatten() for p in self.parameters()]).clone())
+
+    monkeypatch.setattr(Pretraining, "after_step", watch)
+    spoil(monkeypatch, 3, 6)
+    checkpoint = pretrain.engine.pretrain(tiny_config(tmp_path))
+    same = [number for number, (one, other) in enumerate(pairwise(weights), 2) if torch.equal(one, other)]
+    assert same == [3, 6]
+    assert weights[-1].isfinite().all()
+    out = tmp_path / "run"
+    noted = [json.loads(line) for line in (out / "bad_steps" / "rank-0.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["not_finite"]) for each in noted] == [(3, ["image_text"]), (6, ["image_text"])]
+    assert all(len(each["keys"]) == BATCH_SIZE for each in noted)
+    shown = capsys.readouterr().out
+    assert "WARNING step 3: the gradient is not finite, nor image_text. 1 step left out so far" in shown
+    assert json.loads((checkpoint / "state.json").read_text())["counters"]["bad_steps"] == 2
+    # Adam counts only steps that were made.
+    steps = {
+        key: each for key, each in load_file(checkpoint / "optimizer.safetensors").items() if key.endswith("/step")
+    }
+    assert {each.item() for each in steps.values()} == {STEPS - 2}
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_before_it_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Pretraining.forward
-    calls: list[int] = []
-
-    def spoilt(
-        self: Pretraining, batch: Any, seed: int, whole: bool = False, progress: float = 0.0, contrast: Any = None
-    ) -> Loss:
-        calls.append(seed)
-        loss = forward(self, batch, seed, whole, progress)
-        if len(calls) < 3:
-            return loss
-        terms = {**loss.terms, "image_text": loss.terms["image_text"] * math.nan}
-        return Loss(loss.total * math.nan, terms)
-
-    monkeypatch.setattr(Pretraining, "forward", spoilt)
-    config = tiny_config(tmp_path)
-    with pytest.raises(TrainingError) as error:
+    spoil(monkeypatch, 3, 4)
+    config = tiny_config(tmp_path, "train.max_bad_steps=1")
+    with pytest.raises(TrainingError, match=r"step 4: .*image_text. 2 steps .* train\.max_bad_steps=1.*learning_rate"):
         pretrain.engine.pretrain(config)
-    # The third step went wrong, the next line of metrics is due at the fourth: nothing is saved there.
-    assert "step 4:" in str(error.value)
-    for words in ("image_text nan", "masked_language ", "gradient norm nan", "train.learning_rate"):
-        assert words in str(error.value)
     assert find_last(Path(config.out) / "checkpoints") is None
-
-
-@pytest.mark.parametrize(
-    ("total", "norm", "bad"), [(1.0, 1.0, False), (math.inf, 1.0, True), (1.0, math.nan, True), (math.nan, 1.0, True)]
-)
-def test_check_finite_names_the_step_and_every_term(total: float, norm: float, bad: bool) -> None:
-    loss = Loss(torch.tensor(total), {"masked_image": torch.tensor(0.5), "text_audio": torch.tensor(math.inf)})
-    if not bad:
-        check_finite(loss, torch.tensor(norm), 17)
-        return
-    with pytest.raises(TrainingError, match=r"step 17: .*masked_image 0\.5, text_audio inf, gradient norm"):
-        check_finite(loss, torch.tensor(norm), 17)
 
 
 def test_step_seeds_are_distinct_and_fit_a_generator() -> None:
@@ -520,75 +526,6 @@ def test_later_and_half_written_lines_of_metrics_are_dropped(tmp_path: Path) -> 
     assert path.read_text() == "".join(lines)
     drop_later_metrics(path, 0)
     assert path.read_text() == ""
-
-
-def test_progress_averages_since_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "metrics.jsonl"
-    progress = Progress(path, steps=5, start=0, batch_size=4, every=[2], skips=Skips())
-    values: list[dict[str, Tensor | float]] = [
-        {"loss": torch.tensor(1.0, requires_grad=True), "rate": 0.5},
-        {"loss": torch.tensor(3.0), "rate": 1.0, "sometimes": 7.0},
-        {"loss": 10.0},
-        {"loss": 20.0},
-        {"loss": 5.0},
-    ]
-    means = [progress.update(step) for step in values]
-    assert means == [
-        None,
-        {"loss": 2.0, "rate": 0.75, "sometimes": 7.0},
-        None,
-        {"loss": 15.0},
-        {"loss": 5.0},  # the last step has its line, though none is due
-    ]
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 5]
-    assert lines[0]["loss"] == 2.0
-    assert all(line["samples_per_second"] > 0 and line["data_wait"] == 0 for line in lines)
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in shown] == ["step 2/5", "step 4/5", "step 5/5"]
-    assert "ETA 0:00" in shown[-1]
-
-
-def test_rates_waits_and_the_time_to_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("pretrain.progress.time.perf_counter", lambda: now[0])
-
-    def slow() -> Any:
-        for batch in range(4):
-            now[0] += 1.0
-            yield batch
-
-    # Resumed at step 6 of 10: what came before took none of this run's time.
-    progress = Progress(tmp_path / "metrics.jsonl", steps=10, start=6, batch_size=8, every=[2], skips=Skips())
-    seen = []
-    for batch in progress.timed(slow()):
-        seen.append(batch)
-        now[0] += 3.0
-        progress.update({"loss": 1.0})
-    assert seen == [0, 1, 2, 3]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [8, 10]
-    assert [line["samples_per_second"] for line in lines] == [2.0, 2.0]
-    assert [line["data_wait"] for line in lines] == [0.25, 0.25]
-    assert "ETA 0:08" in capsys.readouterr().out.splitlines()[0]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00"),
-        (42.4, "0:42"),
-        (59.6, "1:00"),
-        (187, "3:07"),
-        (3599.7, "1:00:00"),
-        (7384, "2:03:04"),
-        (9e4, "25:00:00"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_the_configuration_is_not_changed_by_training(whole: Run) -> None:

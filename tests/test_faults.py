@@ -21,7 +21,7 @@ from data.errors import UserError
 from data.stream import DataConfig, SourceConfig, Stream, open_train
 from data.transforms import AudioView, ImageView, TextView, Views
 from pretrain.config import load_config
-from pretrain.engine import check_modalities
+from pretrain.engine import modalities_of
 from tests.samples import encode_image, encode_sound, members, noise, noise_image, tokenizer
 from tests.tiny import write_recipe
 
@@ -233,11 +233,11 @@ def test_a_bad_sample_is_replaced_and_counted(tmp_path: Path, fault: str, worker
     ] * 2
 
 
-def test_a_missing_member_is_said_or_with_require_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_member_is_said_or_with_require_replaced(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", [file for file in files() if file[0] != "s007.png"])
     assert assert_paired(stream(tmp_path), 3) == []
-    check_modalities(load_config(write_recipe(tmp_path / "recipe")), open_train(config(tmp_path)))
-    assert "24: 23 with image, 24 with text, 24 with audio" in capsys.readouterr().out
+    said = modalities_of(load_config(write_recipe(tmp_path / "recipe")), open_train(config(tmp_path)))
+    assert "24: 23 with image, 24 with text, 24 with audio" in said
 
     (skip,) = assert_paired(stream(tmp_path, require=["image", "text"]), 3)
     assert (skip.key, skip.error) == ("s007", "MissingModalityError")
@@ -256,26 +256,24 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_code_in_members_never_runs_and_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_in_members_never_runs_and_is_said(tmp_path: Path) -> None:
     content = pickle.dumps(Bomb(tmp_path / "exploded"))
     extra = [(f"s{number:03d}.{extension}", content) for number in range(COUNT) for extension in ("pkl", "pyd", "pth")]
     write_tar(tmp_path / "train-0.tar", sorted([*files(), *extra]))
     assert assert_paired(stream(tmp_path), 3) == []
-    check_modalities(load_config(write_recipe(tmp_path / "recipe")), open_train(config(tmp_path)))
-    assert "nothing reads: .pkl, .pth, .pyd" in capsys.readouterr().out
+    said = modalities_of(load_config(write_recipe(tmp_path / "recipe")), open_train(config(tmp_path)))
+    assert "nothing reads: .pkl, .pth, .pyd" in said
     assert not (tmp_path / "exploded").exists()
 
 
-def test_dotted_keys_are_grouped_as_webdataset_does_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dotted_keys_are_grouped_as_webdataset_does_and_said(tmp_path: Path) -> None:
     # "scan.1.png" and "scan.2.png" are members 1.png and 2.png of the sample "scan": nobody's image.
     dotted = [("scan.1.png", members(1)["png"]), ("scan.1.txt", b"one"), ("scan.2.png", b"x"), ("scan.2.txt", b"two")]
     write_tar(tmp_path / "train-0.tar", [*dotted, *files(23)])
     sources = open_train(config(tmp_path))
     assert len(sources[0]) == 24
-    check_modalities(load_config(write_recipe(tmp_path / "recipe")), sources)
-    assert "nothing reads: .1.png, .1.txt, .2.png, .2.txt" in capsys.readouterr().out
+    said = modalities_of(load_config(write_recipe(tmp_path / "recipe")), sources)
+    assert "nothing reads: .1.png, .1.txt, .2.png, .2.txt" in said
     (skip,) = assert_paired(stream(tmp_path), 3)
     assert (skip.key, skip.error) == ("scan", "MissingModalityError")
 

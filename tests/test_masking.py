@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data.draws import fork, uniforms
 from data.text import continues_word, train_tokenizer
 from objectives.masking import MASKS, mask_tokens, split_patches
 from tests.samples import CAPTIONS
@@ -18,9 +19,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def seeds(n: int, seed: int = 0) -> Tensor:
+    return fork(torch.arange(n), f"test {seed}")
+
+
 def hidden_patches(n: int, grid: tuple[int, int], keep: float, kind: str, seed: int = 0) -> Tensor:
     """(n, rows, columns) bool."""
-    split = split_patches(n, grid, keep, generator(seed), kind)
+    split = split_patches(seeds(n, seed), grid, keep, kind)
     hidden = torch.zeros(n, grid[0] * grid[1], dtype=torch.bool).scatter(1, split.hidden, True)
     return hidden.view(n, *grid)
 
@@ -44,16 +49,25 @@ def test_every_kind_hides_exactly_as_many_as_asked_for(
     kind: str, grid: tuple[int, int], keep: float, kept: int
 ) -> None:
     number = grid[0] * grid[1]
-    visible, hidden = split_patches(300, grid, keep, generator(), kind)
+    visible, hidden = split_patches(seeds(300), grid, keep, kind)
     assert visible.shape == (300, kept)
     assert hidden.shape == (300, number - kept)
     assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(number).expand(300, -1))
-    assert split_patches(0, grid, keep, generator(), kind).visible.shape == (0, kept)
+    assert split_patches(seeds(0), grid, keep, kind).visible.shape == (0, kept)
 
 
 def test_random_masks_are_one_draw_per_patch() -> None:
-    order = torch.rand(5, 60, generator=generator(3)).argsort(dim=1)
-    assert torch.equal(torch.cat(split_patches(5, GRID, 0.25, generator(3)), dim=1), order)
+    order = uniforms(seeds(5), 0, 60).argsort(dim=1)
+    assert torch.equal(torch.cat(split_patches(seeds(5), GRID, 0.25), dim=1), order)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_samples_mask_depends_on_its_seed_alone(kind: str) -> None:
+    together = split_patches(seeds(20), GRID, 0.4, kind)
+    for row in (0, 7, 19):
+        alone = split_patches(seeds(20)[row : row + 1], GRID, 0.4, kind)
+        assert torch.equal(alone.visible[0], together.visible[row])
+        assert torch.equal(alone.hidden[0], together.hidden[row])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +146,7 @@ def test_columns_and_rows_are_hidden_together() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_of_the_hidden_are_a_random_part_of_them(kind: str) -> None:
-    _, hidden = split_patches(20_000, GRID, 0.5, generator(), kind)
+    _, hidden = split_patches(seeds(20_000), GRID, 0.5, kind)
     place = torch.stack([hidden // GRID[1], hidden % GRID[1]], dim=2).float()  # (n, 30, 2)
     distance = (place - place.mean(dim=1, keepdim=True)).norm(dim=2)
     by_order = distance.mean(dim=0)
@@ -166,7 +180,7 @@ def captions(n: int = 4000, length: int = 60) -> tuple[Tensor, Tensor]:
 def test_a_words_tokens_are_chosen_together_at_berts_rates(rate: float) -> None:
     ids, words = captions()
     assert ORDINARY[ids].sum() > 200_000
-    corrupted, chosen = mask_tokens(ids, ORDINARY, MASK, rate, generator(), CONTINUES)
+    corrupted, chosen = mask_tokens(ids, seeds(len(ids)), ORDINARY, MASK, rate, CONTINUES)
     assert not chosen[~ORDINARY[ids]].any()
     assert torch.equal(corrupted[~chosen], ids[~chosen])
     assert chosen[ORDINARY[ids]].float().mean().item() == pytest.approx(rate, abs=0.005)
@@ -190,7 +204,7 @@ def test_a_words_tokens_are_chosen_together_at_berts_rates(rate: float) -> None:
 
 def test_single_tokens_are_chosen_where_words_are_not_asked_for() -> None:
     ids, words = captions(500)
-    _, chosen = mask_tokens(ids, ORDINARY, MASK, 0.5, generator())
+    _, chosen = mask_tokens(ids, seeds(len(ids)), ORDINARY, MASK, 0.5)
     same = words[:, 1:] == words[:, :-1]
     agree = (chosen[:, 1:] == chosen[:, :-1])[same & ORDINARY[ids[:, :-1]]]
     assert agree.float().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -198,7 +212,7 @@ def test_single_tokens_are_chosen_where_words_are_not_asked_for() -> None:
 
 def test_a_text_may_begin_with_the_rest_of_a_word() -> None:
     ids = torch.tensor([[7, 9, 6]]).expand(2000, 3)
-    _, chosen = mask_tokens(ids, ORDINARY, MASK, 0.5, generator(), CONTINUES)
+    _, chosen = mask_tokens(ids, seeds(len(ids)), ORDINARY, MASK, 0.5, CONTINUES)
     assert torch.equal(chosen[:, 0], chosen[:, 1])
     assert chosen.float().mean(dim=0).tolist() == pytest.approx([0.5] * 3, abs=0.05)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batch, Field
+from data.draws import fork
 from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig, normalise_patches
@@ -24,6 +25,7 @@ from objectives.pretraining import (
     ObjectivesConfig,
     Pretraining,
     group_by_presence,
+    joint_rows,
     trunk_gradients,
 )
 from pretrain.model.tokenizers import ModelConfig
@@ -76,7 +78,7 @@ def draws(rate: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, corrupted ids and choice of 500 texts of 250 ids, special tokens and padding among them."""
     ids, _ = texts([2 + i % 249 for i in range(500)], seed)
     ids[:, 3:6] = torch.where(ids[:, 3:6] != 1, torch.tensor([3, 4, 2]), 1)
-    masked = mask_tokens(ids, ordinary(), VOCABULARY.mask_id, rate, torch.Generator().manual_seed(seed))
+    masked = mask_tokens(ids, fork(torch.arange(500), f"{seed}"), ordinary(), VOCABULARY.mask_id, rate)
     return ids, masked.ids, masked.chosen
 
 
@@ -112,25 +114,27 @@ def test_special_tokens_and_padding_are_never_chosen_nor_drawn() -> None:
     assert (counts[ordinary()] - expected).abs().max() < 6 * expected.sqrt()  # every ordinary token, equally often
 
 
-def test_masks_depend_on_the_generator_alone() -> None:
-    assert torch.equal(draws(0.3)[1], draws(0.3)[1])
-    ids = draws(0.3)[0]
-    one, other = (mask_tokens(ids, ordinary(), 4, 0.3, torch.Generator().manual_seed(seed)).chosen for seed in (0, 1))
-    assert not torch.equal(one, other)
+def test_what_is_masked_of_a_text_depends_on_its_seed_alone() -> None:
+    ids, corrupted, chosen = draws(0.3)
+    seeds = fork(torch.arange(500), "0")
+    few = mask_tokens(F.pad(ids[40:43], (0, 7), value=1), seeds[40:43], ordinary(), 4, 0.3)  # other padding, too
+    assert torch.equal(few.ids[:, :-7], corrupted[40:43])
+    assert torch.equal(few.chosen[:, :-7], chosen[40:43])
+    assert not torch.equal(mask_tokens(ids, seeds + 1, ordinary(), 4, 0.3).chosen, chosen)
 
 
 @pytest.mark.parametrize(
     ("patches", "keep", "kept"), [(16, 0.5, 8), (16, 0.25, 4), (10, 0.26, 3), (9, 0.01, 1), (7, 1.0, 7), (1, 0.2, 1)]
 )
 def test_a_split_is_disjoint_and_complete(patches: int, keep: float, kept: int) -> None:
-    visible, hidden = split_patches(50, (1, patches), keep, torch.Generator().manual_seed(0))
+    visible, hidden = split_patches(torch.arange(50), (1, patches), keep)
     assert visible.shape == (50, kept)
     assert hidden.shape == (50, patches - kept)
     assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(patches).expand(50, -1))
 
 
 def test_splits_are_uniform_and_independent() -> None:
-    visible, _ = split_patches(20_000, (2, 4), 0.25, torch.Generator().manual_seed(0))
+    visible, _ = split_patches(torch.arange(20_000), (2, 4), 0.25)
     pairs = torch.zeros(8, 8)
     pairs.index_put_((visible[:, 0], visible[:, 1]), torch.ones(20_000), accumulate=True)
     expected = 20_000 / 56
@@ -149,7 +153,7 @@ def language_passes(chosen: Tensor, seed: int = 0) -> Passes:
         states = randn(n, 6, 32, seed=seed + n).requires_grad_()
         joint.append(JointPass({"text": Field(ids, torch.arange(n), valid)}, {"text": states}, {}, part))
     joint.append(JointPass({"image": Field(images(1), torch.arange(1))}, {"image": randn(1, 17, 32)}, {}, None))
-    return Passes(model, {}, joint)
+    return Passes(model, {}, joint, counts={"masked_language": chosen.sum().clamp(min=1)})
 
 
 def language_head(model: Any) -> MaskedLanguage:
@@ -274,7 +278,7 @@ def test_targets_are_the_hidden_patches_alone(modality: str) -> None:
 def test_a_decoder_knows_where_patches_lie() -> None:
     decoder: Any = MaskedRegion(REGION, encoder()).decoders["image"]
     states = randn(2, 9, 32)
-    split = split_patches(2, (4, 4), 0.5, torch.Generator().manual_seed(0))
+    split = split_patches(torch.arange(2), (4, 4), 0.5)
     predicted = decoder(states, split)
     assert predicted.shape == (2, 8, 48)
     order = torch.tensor([3, 0, 1, 2, 7, 6, 5, 4])
@@ -524,14 +528,33 @@ def test_whole_inputs_give_the_embeddings_of_the_plain_encoder() -> None:
         assert torch.equal(passes.embeddings[name].rows, each.rows)
 
 
-@pytest.mark.parametrize(("share", "rows"), [(1.0, 8), (0.5, 4), (0.3, 2), (0.01, 1)])
-def test_the_joint_pass_takes_its_share_of_the_rows(share: float, rows: int) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.25])
+def test_the_joint_pass_takes_its_share_of_the_rows(share: float) -> None:
     model = pretraining(dataclasses.replace(CONFIG, joint_share=share))
     inputs = batch(["ita", "it", "a", "ita", "t", "i", "ta", "ita"])
     passes, _ = passes_of(model, inputs)
     taken = {int(row) for joint in passes.joint for each in joint.inputs.values() for row in each.rows}
-    assert taken == set(range(rows))
+    assert taken == set(joint_rows(0, 8, share, 0).tolist())
+    assert abs(len(taken) - 8 * share) < 1
     assert {name: len(each.rows) for name, each in passes.embeddings.items()} == {"image": 5, "text": 6, "audio": 5}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.3, 0.125, 0.01])
+def test_one_row_of_each_stretch_takes_the_joint_pass_whoever_has_it(share: float) -> None:
+    whole = joint_rows(0, 1200, share, 5)
+    assert torch.equal(whole, torch.unique(whole))
+    assert abs(len(whole) - 1200 * share) <= 1
+    if share in (1.0, 0.5, 0.125, 0.01):
+        assert torch.equal(whole.mul(share).long(), torch.arange(int(1200 * share)))  # one of each 1 / share
+    for size in (40, 7):
+        parts = [joint_rows(first, min(size, 1200 - first), share, 5) + first for first in range(0, 1200, size)]
+        assert torch.equal(torch.cat(parts), whole)
+    if 0.1 < share < 1:
+        assert not torch.equal(joint_rows(0, 1200, share, 6), whole)
+        often = torch.zeros(40)
+        for seed in range(2000):
+            often[joint_rows(0, 40, share, seed)] += 1
+        assert (often / 2000 - share).abs().max() < 0.05  # more than four standard deviations
 
 
 def test_the_same_seed_gives_the_same_loss_and_another_seed_another() -> None:
@@ -580,7 +603,7 @@ PATTERNS = ["", "i", "t", "a", "it", "ia", "ta", "ita"]
 def test_groups_are_a_partition_by_what_rows_have(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     presence = [PATTERNS[i] for i in torch.randint(8, (12,), generator=generator).tolist()]
-    inputs, rows = batch(presence, seed), 1 + seed
+    inputs, rows = batch(presence, seed), torch.arange(12)[torch.rand(12, generator=generator) < (1 + seed) / 9]
     seen = []
     for group in group_by_presence(inputs, rows):
         names = "".join(name[0] for name in group)
@@ -596,7 +619,7 @@ def test_groups_are_a_partition_by_what_rows_have(seed: int) -> None:
             if whole.valid is not None:
                 assert each.valid is not None
                 assert torch.equal(each.valid, whole.valid[positions])
-    assert sorted(seen) == [row for row in range(rows) if presence[row]]
+    assert sorted(seen) == [row for row in rows.tolist() if presence[row]]
     assert len({tuple(group) for group in group_by_presence(inputs, rows)}) == len(group_by_presence(inputs, rows))
 
 

@@ -52,7 +52,9 @@ def region_of(model: Pretraining) -> Any:
 
 
 def passes_of(model: Pretraining, inputs: Batch, seed: int = 0) -> Passes:
-    return model.passes(inputs, seed, False, list(model.objectives))
+    passes = model.passes(inputs, seed, False, list(model.objectives))
+    region = region_of(model)
+    return passes._replace(counts={name: torch.tensor(n) for name, n in region.counts(passes.joint).items()})
 
 
 def step(model: Pretraining, optimizer: torch.optim.Optimizer, number: int, progress: float = 0.5) -> float:
@@ -279,12 +281,12 @@ def centre_of_rank(rank: int, world: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=40)
     )
     model = pretraining("kl")
-    torch.save(centre_after(model, [PRESENCE_OF[rank]] if PRESENCE_OF[rank] else []), f"{folder}/{rank}.pt")
+    torch.save(centre_after(model, [PRESENCE_OF[rank]]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 # The first rank has no audio, the last one nothing at all.
-PRESENCE_OF: list[list[str]] = [["it", "i", "i"], ["ita"] * 4, []]
+PRESENCE_OF = [["it", "i", "i"], ["ita"] * 4, [""]]
 
 
 def centre_after(model: Pretraining, batches: Sequence[list[str]]) -> Tensor:

@@ -7,6 +7,7 @@ that every stream can be exported exactly.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,13 @@ class Encoder(nn.Module):
         features = self.features(modality, field)
         return features, self.project(modality, features)
 
-    def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into an existing folder."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into an existing folder.
+
+        Args:
+            folder: where to.
+            weights: instead of its own, as ``state_dict`` gives them.
+        """
         config = {
             "schema": SCHEMA,
             "model": dataclasses.asdict(self.config),
@@ -206,9 +212,8 @@ class Encoder(nn.Module):
             "vocabulary": self.vocabulary._asdict(),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
-        )
+        weights = self.state_dict() if weights is None else weights
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
