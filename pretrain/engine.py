@@ -196,10 +196,11 @@ def train(run: Run) -> Path:
             run.bad.note(run.step, bad, loss.terms, batch.keys)
             values |= mean_terms(loss, run.bare, everywhere) | shares_cut(batch)
             values |= {"gradient_norm": norm, "learning_rate": rate}
-            if progress.due:
-                report_bad_steps(run)
-            progress.update(values, {name: everywhere[f"rows {name}"] for name in config.data.views.used})
             asked = next((name for name in stop.got if everywhere[name]), None)
+            if progress.due or asked is not None:
+                report_bad_steps(run)
+            rows = {name: everywhere[f"rows {name}"] for name in config.data.views.used}
+            progress.update(values, rows, last=asked is not None)
             if monitor is not None and monitor.due(run.step, time.perf_counter() - begun):
                 with progress.aside():
                     progress.evaluated(monitor.look(run.encoder))

@@ -120,15 +120,20 @@ class Progress:
         return any((self.step + 1) % every == 0 for every in self.every) or self.step + 1 == self.steps
 
     def update(
-        self, values: Mapping[str, Tensor | float], counts: Mapping[str, Tensor | float] | None = None
+        self,
+        values: Mapping[str, Tensor | float],
+        counts: Mapping[str, Tensor | float] | None = None,
+        *,
+        last: bool = False,
     ) -> dict[str, float] | None:
         """Take in one step's values; where a line is due, show it and return the means since the last one.
 
         Args:
             values: name -> scalar. A name may be missing in some steps.
             counts: modality -> rows of the step that have it, of all ranks.
+            last: whether the run ends with this step, though more were planned: it has its line, too.
         """
-        due = self.due
+        due = self.due or last
         self.window.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
         self.rows.append(counts or {})
         self.step += 1

@@ -48,10 +48,10 @@ def cut_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Let training end in the middle of a step."""
     update = Progress.update
 
-    def maybe(self: Progress, *arguments: Any) -> dict[str, float] | None:
+    def maybe(self: Progress, *arguments: Any, **named: Any) -> dict[str, float] | None:
         if self.step + 1 == step:
             raise PowerCutError
-        return update(self, *arguments)
+        return update(self, *arguments, **named)
 
     patch.setattr(Progress, "update", maybe)
 
