@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -285,10 +286,13 @@ class Stream(IterableDataset[Batch]):
         digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, timeout: timedelta | None = None) -> Iterator[Batch]:
         """The rank's batches from ``step`` on, read ahead by ``config.workers`` processes.
 
         With several ranks every one calls this at the same time, and ``skipped`` holds what all of them skipped.
+
+        Args:
+            timeout: how long to wait for other ranks; None: as long as torch does.
 
         Raises:
             StreamError: on all ranks with the same message: one of them can't read its data, or more than
@@ -296,7 +300,7 @@ class Stream(IterableDataset[Batch]):
                 worker that was killed, only the rank itself raises that.
         """
         distributed = self.world > 1 and dist.is_available() and dist.is_initialized()
-        group = dist.new_group(backend="gloo") if distributed else None
+        group = dist.new_group(backend="gloo", timeout=timeout) if distributed else None
         items = read_ahead(self, self.config.workers)
         try:
             while (item := _next(items)) is not None:

@@ -73,6 +73,13 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What has been begun is written to its end, whatever ends the run."""
+        self._thread.shutdown()
+
     def save(
         self,
         step: int,
@@ -130,9 +137,9 @@ class Checkpoints:
         """Write aside, rename when whole, point ``last`` at it and drop what need not remain."""
         name = f"step-{step:08d}"
         partial, final = self.folder / (name + _PARTIAL), self.folder / name
-        for leftover in self.folder.glob("step-*" + _PARTIAL):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
         try:
+            for leftover in self.folder.glob("step-*" + _PARTIAL):  # of a run that was killed while saving
+                shutil.rmtree(leftover)
             (partial / "encoder").mkdir(parents=True)
             encoder.save(partial / "encoder", weights)
             tokenizer.save_pretrained(partial / "encoder" / "tokenizer")
@@ -140,25 +147,30 @@ class Checkpoints:
                 save_file(values, partial / f"{file}.safetensors")
             for file, text in texts.items():
                 (partial / file).write_text(text + "\n")
-            for path in sorted(partial.rglob("*")):
+            for path in (*sorted(partial.rglob("*")), partial):
                 _flush(path)
+            if final.exists():  # the same step of the same run, saved again
+                _remove(final)
+            partial.rename(final)
+            point_last(final)
+            for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
+                if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
+                    _remove(old)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = find_last(self.folder)
             before = f"the newest one is {last}" if last else "there is none before it"
             raise CheckpointError(f"{final} could not be written ({error}); {before}") from error
-        if final.exists():  # the same step of the same run, saved again after resuming from an older one
-            shutil.rmtree(final)
-        partial.rename(final)
-        link = self.folder / (LAST + _PARTIAL)
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        link.replace(self.folder / LAST)
-        _flush(self.folder)
-        for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
-            if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
-                shutil.rmtree(old)
         return final
+
+
+def point_last(checkpoint: Path) -> None:
+    """Let the link ``last`` beside a checkpoint lead to it."""
+    link = checkpoint.with_name(LAST + _PARTIAL)
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    link.replace(checkpoint.with_name(LAST))
+    _flush(checkpoint.parent)
 
 
 def find_last(folder: Path) -> Path | None:
@@ -195,7 +207,7 @@ def load_checkpoint(
         model: unwrapped module, built from the same configuration.
         optimizer: over the same parameters. Its hyper-parameters stay: they are this run's.
         identity: of this run; must equal the saved one.
-        average: of the encoder's weights; restored, too.
+        average: of the encoder's weights; restored, too. Where the checkpoint has none, it begins with the weights.
 
     Raises:
         CheckpointError: another schema, another identity (says in what), or tensors that don't fit.
@@ -216,7 +228,8 @@ def load_checkpoint(
         weights = load_file(checkpoint / "encoder" / "model.safetensors")
         if average is not None:
             average.load_state_dict(weights)
-            weights = load_file(checkpoint / "trained.safetensors")
+        if (trained := checkpoint / "trained.safetensors").exists():  # the other one is an average, in use now or not
+            weights = load_file(trained)
         model.encoder.load_state_dict(weights)
         model.objectives.load_state_dict(load_file(checkpoint / "objectives.safetensors"))
         restore(optimizer, model, load_file(checkpoint / "optimizer.safetensors"))
@@ -263,6 +276,13 @@ def restore(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor
     groups = optimizer.state_dict()["param_groups"]
     # torch puts every tensor where its parameter is, in the type that it has to have.
     optimizer.load_state_dict({"state": {places[name]: each for name, each in state.items()}, "param_groups": groups})
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take away its name first, so that a run that is killed here leaves no half of one under it."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.old{_PARTIAL}")
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

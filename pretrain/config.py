@@ -151,6 +151,10 @@ class Config:
     """The evaluation at the end, and looks at the encoder on the way."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Where metrics go besides metrics.jsonl."""
+    doctor: bool = False
+    """Examine shards, speed, memory, ranks and this machine, and stop."""
+    dry_run: bool = False
+    """Make two steps and then all that comes at a run's end, in the folder `out`/dry_run, to see that it works."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

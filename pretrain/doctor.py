@@ -41,7 +41,6 @@ from data.transforms import OnDevice
 from pretrain.config import Config, TrainConfig
 from pretrain.engine import Run, available_cpus, fast_in_bf16, follow, go_backward, set_up, step_seed
 from pretrain.progress import duration
-from pretrain.ranks import Ranks
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SHOWN = 10  # unreadable shards of a split that are named
@@ -78,19 +77,19 @@ def examine(config: Config, accelerator: Accelerator) -> str:
     Raises:
         DoctorError: the run could not start; holds the report.
     """
-    data, ranks, main = config.data, Ranks(accelerator.num_processes), accelerator.is_main_process
+    data, main = config.data, accelerator.is_main_process
     report: Report = {"processes": processes(accelerator), "precision": precision(config.train, accelerator)}
     report["packages"] = packages()
     with workplace(Path(config.out), accelerator) as folder:
-        report["disk"] = shared_disk(folder, ranks, accelerator.num_processes)
-        stop_at_failures(report, ranks, main)
+        report["disk"] = shared_disk(folder, accelerator)
+        stop_at_failures(report, accelerator)
         if data.embedded == "digits" and not Path(data.root).exists():
             data = replace(data, root=str(folder / "digits"))
         with accelerator.main_process_first():  # it writes the indices
             if main and data.root == str(folder / "digits"):
                 digits.build(Path(data.root))
             report["shards"] = shards(data, config.eval.label is not None, config.eval.monitor.every is not None)
-        stop_at_failures(report, ranks, main)
+        stop_at_failures(report, accelerator)
         try:
             sources = open_train(data)
             if main:
@@ -110,7 +109,7 @@ def examine(config: Config, accelerator: Accelerator) -> str:
         except UserError as error:
             report["start"] = [Line(FAIL, str(error))]
             raise DoctorError(render(report, main)) from error
-        stop_at_failures(report, ranks, main)  # others may still use the folder until here
+        stop_at_failures(report, accelerator)  # others may still use the folder until here
     return render(report, main)
 
 
@@ -128,11 +127,15 @@ def render(report: Report, whole: bool = True) -> str:
     return f"{text}\n{counts[WARN]} warnings, {counts[FAIL]} failures: {end}"
 
 
-def stop_at_failures(report: Report, ranks: Ranks, main: bool) -> None:
+def stop_at_failures(report: Report, accelerator: Accelerator) -> None:
     """Raise DoctorError on all ranks if any of them has a failure: what follows needs all of them."""
-    failed = sum(line.level == FAIL for lines in report.values() for line in lines)
-    if ranks.sum({"failed": failed})["failed"]:
-        raise DoctorError(render(report, main) if main or failed else "another process found a failure")
+    failed = [line.text for lines in report.values() for line in lines if line.level == FAIL]
+    told = tell(failed[0] if failed else "", accelerator)
+    others = [Line(FAIL, f"process {rank}: {text}") for rank, text in enumerate(told) if text and rank]
+    if others:
+        report["other processes"] = others
+    if any(told):
+        raise DoctorError(render(report, accelerator.is_main_process))
 
 
 # --- The machine
@@ -150,7 +153,7 @@ def processes(accelerator: Accelerator) -> list[Line]:
     """Whether ranks reach each other, where they are, and whether GPUs are idle or used twice."""
     device = accelerator.device
     number = int(accelerator.reduce(torch.ones(1, device=device), "sum").item())
-    name, gpus = f"{device}", 0
+    name, gpus = device.type, 0
     if device.type == "cuda":
         name, gpus = f"{device} {torch.cuda.get_device_name(device)}", torch.cuda.device_count()
     return where(tell(f"{platform.node()}\n{name}\n{gpus}", accelerator), number)
@@ -245,9 +248,9 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def shared_disk(folder: Path, ranks: Ranks, world: int) -> list[Line]:
+def shared_disk(folder: Path, accelerator: Accelerator) -> list[Line]:
     """Whether all ranks see what the first one writes beside the run's folder."""
-    sees = ranks.sum({"sees": int(folder.is_dir())})["sees"]
+    world, sees = accelerator.num_processes, tell("yes" if folder.is_dir() else "no", accelerator).count("yes")
     if sees < world:
         text = f"{folder.parent}: {sees} of {world} processes see what the first one writes there"
         return [Line(FAIL, f"{text}; choose an `out` on a disk that all machines share")]
@@ -412,10 +415,10 @@ def read_rate(run: Run, workers: int, skips: Skips) -> float:
 
 
 def keeps_up(needed: float, one: float, many: float, workers: int, cores: int) -> list[Line]:
-    """Whether ``workers`` read the samples per second that a rank's steps take, and how many would; ``one`` reads so many."""
+    """Whether ``workers``, who read ``many`` samples per second, keep up with a rank's steps, and how many would."""
     enough = max(1, math.ceil(1.1 * needed / one))
-    text = f"a step takes {needed:,.0f} samples/s of this process; one worker reads {one:,.0f}, "
-    text += f"data.workers={workers} {many:,.0f}"
+    text = f"a step takes {needed:,.0f} samples/s of this process; data.workers={workers} can read {many:,.0f}"
+    text += f", one worker {one:,.0f}" if workers != 1 else ""
     if workers == 0:
         return [Line(WARN, f"{text} while nothing is trained: set data.workers={enough}")]
     if many >= needed:
@@ -454,12 +457,12 @@ def memory(device: torch.device, processes: int) -> list[Line]:
         used, of = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         return [crowded(used, of, f"of {device}")]
     used, of = processes * psutil.Process().memory_info().rss, psutil.virtual_memory().total
-    return [crowded(used, of, f"of this machine, for {processes} processes without their workers")]
+    return [crowded(used, of, "of this machine, workers not counted")]
 
 
 def crowded(used: int, of: int, what: str) -> Line:
     """Whether there is room to spare."""
-    text = f"{used / 1e9:,.1f} GB of {of / 1e9:,.1f} GB {what} ({100 * used / of:.0f} %)"
+    text = f"{used / 1e9:,.1f} GB of the {of / 1e9:,.1f} GB {what} ({100 * used / of:.0f} %)"
     if used > 0.9 * of:
         return Line(WARN, f"{text}: train.accumulate, train.recompute=true or a smaller train.batch_size make room")
     return Line(OK, text)

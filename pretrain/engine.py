@@ -34,7 +34,7 @@ from data.transforms import OnDevice
 from eval.monitor import Monitor
 from objectives.pretraining import Loss, Pretraining, Together, trunk_gradients
 from pretrain import trackers
-from pretrain.checkpoint import Checkpoints, find_checkpoint, find_last, load_checkpoint
+from pretrain.checkpoint import Checkpoints, find_checkpoint, find_last, load_checkpoint, point_last
 from pretrain.config import Config, ConfigError, to_yaml
 from pretrain.explain import differences
 from pretrain.initial import load_initial
@@ -145,6 +145,8 @@ def pretrain(
     """
     run = set_up(config, sources, accelerator or start_accelerator(config), given)
     if run.step == config.train.steps and (finished := find_last(run.out / "checkpoints")) is not None:
+        if run.accelerator.is_main_process:
+            point_last(finished)  # a run that is killed at its end may not have come to that
         return finished
     return train(run)
 
@@ -154,10 +156,9 @@ def train(run: Run) -> Path:
     config, settings, accelerator = run.config, run.config.train, run.accelerator
     steps, main = settings.steps, accelerator.is_main_process
     on_device = OnDevice(config.data.views).to(accelerator.device)
-    ranks, checkpoints = (
-        Ranks(accelerator.num_processes),
-        Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every),
-    )
+    timeout = timedelta(seconds=settings.timeout)
+    ranks = Ranks(accelerator.num_processes, timeout)
+    checkpoints = Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every)
     # A line at each checkpoint too, so that none before it is lost to a run that resumes from it.
     progress = Progress(
         run.out / "metrics.jsonl",
@@ -172,8 +173,8 @@ def train(run: Run) -> Path:
     monitor = make_monitor(run)
     run.model.train()
     begun = time.perf_counter()
-    batches = progress.timed(run.stream.batches())
-    with Stop() as stop:
+    batches = progress.timed(run.stream.batches(timeout))
+    with Stop() as stop, checkpoints, ranks.watched():
         while True:
             batch = next(batches)  # there are enough of them
             rate = learning_rate(settings, run.step)
@@ -211,7 +212,7 @@ def train(run: Run) -> Path:
                         draw(run.bare, inputs[0], seed, run.out / "pictures" / f"step-{run.step:08}.png")
                 if run.step == steps or asked is not None:
                     break
-    saved = checkpoints.wait()
+        saved = checkpoints.wait()  # no second signal ends it
     accelerator.wait_for_everyone()  # others must not read, or end, before it is written
     trackers.finish(accelerator)
     saved = run.out / "checkpoints" / f"step-{run.step:08d}" if saved is None else saved
@@ -258,11 +259,12 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
     if resumed_from is not None:
         step, counters = load_checkpoint(resumed_from, bare, bare_optimizer, identity, average)
         accelerator.print(f"resumed from {resumed_from} at step {step}")
-        if (before := out / "config.yaml").exists() and (lines := differences(before.read_text(), config)):
+        before = resumed_from.parents[1] / "config.yaml"  # of the run that saved it, which may have another folder
+        if before.exists() and (lines := differences(before.read_text(), config)):
             accelerator.print("  " + "\n  ".join(lines))
         if changed := stream.load(resumed_from):
             accelerator.print("the data have changed, a new pass over them begins:\n  " + "\n  ".join(changed))
-        if step > config.train.steps:
+        if step > config.train.steps or (step == config.train.steps and find_last(out / "checkpoints") is None):
             raise ConfigError(f"train.steps={config.train.steps}, but {resumed_from} has done {step} already")
     if stream.steps is not None and stream.steps < config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but max_epochs of all sources end at step {stream.steps}")
@@ -480,7 +482,7 @@ def prepare_folder(config: Config, accelerator: Accelerator) -> Path | None:
             f"resume=none, but {out / 'checkpoints'} holds a checkpoint: choose another `out`, or remove it"
         )
     if own is None and out.exists() and not (out / "config.yaml").exists():
-        odd = sorted(path.name for path in out.iterdir() if path.name not in BEFORE_A_RUN)
+        odd = sorted(path.name for path in out.iterdir() if path.name not in BEFORE_A_RUN and path.name[0] != ".")
         if odd:
             raise ConfigError(
                 f"out={out}: there is something that is no run ({', '.join(odd[:3])}): choose another `out`"
@@ -488,7 +490,7 @@ def prepare_folder(config: Config, accelerator: Accelerator) -> Path | None:
     resumed_from = own
     if config.resume not in ("auto", "none"):
         resumed_from = find_checkpoint(Path(config.resume)).resolve()
-        if own is not None and resumed_from.parent != own.resolve().parent:
+        if own is not None and resumed_from != own.resolve():
             raise ConfigError(
                 f"resume={config.resume}, but {out / 'checkpoints'} holds checkpoints of its own: choose another `out`"
             )
@@ -500,9 +502,9 @@ def prepare_folder(config: Config, accelerator: Accelerator) -> Path | None:
 def record_run(config: Config, given: str | None) -> None:
     """Write config.yaml, given.yaml and env.json, once it is sure that this configuration runs."""
     out = Path(config.out)
+    write_whole(out / "config.yaml", to_yaml(config).encode())  # by it a folder is known as a run's
     if given is not None:
         (out / "given.yaml").write_text(given)
-    (out / "config.yaml").write_text(to_yaml(config))
     packages = ("torch", "transformers", "accelerate", "datasets", "webdataset", "numpy", "tokenizers", "safetensors")
     environment = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -609,7 +611,7 @@ def drop_later_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
 
 def describe(
@@ -618,7 +620,7 @@ def describe(
     """Say what is about to be trained, on what and where."""
     parameters = sum(p.numel() for p in encoder.parameters())
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     epochs = config.train.steps * config.train.batch_size / sum(map(len, sources))
     shards = sum(len(source.shards) for source in sources)
     print(

@@ -53,14 +53,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """The peak rate times the schedule; ``step`` counts from 0.
 
     A linear warm-up from 0, then either a cosine to 0 at the last step, or the peak rate until a straight line to 0
-    over the last ``train.cooldown`` of the steps (Zhai et al. 2022, "Scaling vision transformers", section 3.5).
+    over the last ``train.cooldown`` of the steps (Zhai et al. 2022, "Scaling vision transformers", section 3.5). Where
+    warm-up and cooldown overlap, it is the lower of the two.
     """
     warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+    rise = (step + 1) / warmup if step < warmup else 1.0
     if config.schedule == "constant":
         cooldown = round(config.cooldown * config.steps)
-        return config.learning_rate * min(1.0, (config.steps - step) / (cooldown + 1))
+        return config.learning_rate * min(rise, (config.steps - step) / (cooldown + 1))
+    if step < warmup:
+        return config.learning_rate * rise
     done = (step - warmup) / max(1, config.steps - warmup)
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 

@@ -8,8 +8,10 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
@@ -26,6 +28,7 @@ from eval.report import read_results, table, write_results
 from eval.run import about, evaluate, read_labels
 from pretrain.checkpoint import load_encoder
 from pretrain.config import Config, find_recipe, given_yaml, load_config
+from pretrain.doctor import examine
 from pretrain.engine import Stopped, pretrain, start_accelerator
 from pretrain.explain import commented_yaml, explain
 from pretrain.export import export
@@ -89,7 +92,13 @@ def run(config: Config, given: str | None = None) -> None:
         config: the whole run.
         given: what of it the user gave, to be kept beside it.
     """
+    if config.dry_run:
+        config = rehearsal(config)
     accelerator = start_accelerator(config)
+    if config.doctor:
+        accelerator.print(examine(config, accelerator))
+        accelerator.end_training()
+        return
     device = accelerator.device
     with accelerator.main_process_first():  # it builds what is not there: data, and the shards' indices
         if config.data.embedded == "digits":
@@ -124,6 +133,21 @@ def run(config: Config, given: str | None = None) -> None:
     found = "".join(f"WARNING     {warning}\n" for warning in warnings(config, encoder))
     screen = closing_screen(out, checkpoint, list(folders))
     print("\n" + scores + skipped_samples(checkpoint) + found + "\n" * bool(found) + screen)
+
+
+def rehearsal(config: Config) -> Config:
+    """Two steps of the run, saved, looked at and tracked by nobody, in a folder of their own that begins empty."""
+    out = Path(config.out) / "dry_run"
+    shutil.rmtree(out, ignore_errors=True)
+    every = None if config.eval.monitor.every is None else 1
+    return replace(
+        config,
+        out=str(out),
+        resume="auto",
+        train=replace(config.train, steps=2, log_every=1, save_every=1),
+        eval=replace(config.eval, monitor=replace(config.eval.monitor, every=every)),
+        trackers=replace(config.trackers, names=[]),
+    )
 
 
 def warnings(config: Config, encoder: Encoder) -> list[str]:
