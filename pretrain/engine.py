@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,8 @@ from pretrain.ranks import Ranks, Stop
 
 # Settings that change memory and speed alone.
 SAME_RESULT = {"objectives.contrastive.tile"}
+# Ways in which several processes may share the work.
+SHARED_BY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # What may lie in a run's folder before it has begun.
 BEFORE_A_RUN = {"checkpoints", "tokenizer", "trackers", "bad_steps", "export", "eval", "pictures"}
 
@@ -438,14 +440,18 @@ def start_accelerator(config: Config) -> Accelerator:
         precision = "bf16" if fast_in_bf16(state.device) else "fp32"
     if precision == "fp16" and state.device.type != "cuda":
         raise ConfigError(f"train.precision=fp16 needs a GPU, and this is {state.device}; allowed are auto, fp32, bf16")
-    # Buffers are the same on all ranks anyway.
-    together = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[timeout, together],
         **trackers.accelerator_arguments(config.trackers, Path(config.out)),
     )
+    if accelerator.distributed_type not in SHARED_BY:
+        raise ConfigError(
+            f"launched with {accelerator.distributed_type.value}, which shards the model; so far every process has a "
+            "whole one: launch with plain data parallelism, as the files in docs/launch do"
+        )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -433,6 +434,7 @@ def test_auto_takes_bf16_where_it_is_fast(
 
     class Recorded:
         num_processes = 1
+        distributed_type = DistributedType.NO
 
         def __init__(self, mixed_precision: str, **_: object) -> None:
             asked.append(mixed_precision)
@@ -443,6 +445,12 @@ def test_auto_takes_bf16_where_it_is_fast(
     for precision in ("auto", "fp32", "bf16"):
         start_accelerator(tiny_config(tmp_path, f"train.precision={precision}", "train.threads=1"))
     assert asked == [mixed, "no", "bf16"]
+
+
+def test_a_launcher_that_shards_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match="launched with FSDP, which shards the model"):
+        start_accelerator(tiny_config(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.dataclasses import get_module_class_from_name
-from torch import nn
 
 from pretrain.config import Config
 from pretrain.engine import start_accelerator
-from pretrain.model.layers import Block
-from tests.tiny import tiny_config, tiny_encoder, tiny_tokenizer
+from tests.tiny import tiny_config
 
 FOLDER = Path(__file__).parents[1] / "docs" / "launch"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -33,10 +29,8 @@ def test_accelerate_knows_every_key(path: Path) -> None:
     config = load(path.name)  # refuses unknown keys, but only at the top
     assert config.compute_environment.value == "LOCAL_MACHINE"
     assert config.mixed_precision == "no"  # train.precision chooses
-    options = {action.dest for action in launch_command_parser()._actions}
     given = yaml.safe_load(path.read_text())
-    assert set(given.get("fsdp_config", {})) <= options
-    assert set(given) - {"fsdp_config"} <= set(ClusterConfig.__dataclass_fields__)
+    assert set(given) <= set(ClusterConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +40,6 @@ def test_accelerate_knows_every_key(path: Path) -> None:
         ("gpu_1", DistributedType.NO, 1, 1, False),
         ("gpu_8", DistributedType.MULTI_GPU, 8, 1, False),
         ("nodes_2", DistributedType.MULTI_GPU, 16, 2, False),
-        ("fsdp2", DistributedType.FSDP, 8, 1, False),
     ],
 )
 def test_files_say_what_their_names_say(
@@ -59,16 +52,7 @@ def test_files_say_what_their_names_say(
 
 
 def test_no_file_is_without_a_test() -> None:
-    assert [path.stem for path in FILES] == ["cpu", "fsdp2", "gpu_1", "gpu_8", "nodes_2"]
-
-
-def test_fsdp_wraps_the_blocks_of_the_encoder() -> None:
-    settings = load("fsdp2.yaml").fsdp_config
-    assert settings["fsdp_version"] == 2
-    assert settings["fsdp_reshard_after_forward"] is True
-    assert settings["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
-    encoder: nn.Module = tiny_encoder(tiny_tokenizer())
-    assert get_module_class_from_name(encoder, settings["fsdp_transformer_layer_cls_to_wrap"]) is Block
+    assert [path.stem for path in FILES] == ["cpu", "gpu_1", "gpu_8", "nodes_2"]
 
 
 @pytest.mark.parametrize(("asked", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
@@ -151,8 +135,8 @@ def test_out_of_time_all_tasks_save_and_the_job_is_requeued(tmp_path: Path) -> N
     lines = sorted((tmp_path / "log").read_text().splitlines())
     arguments = "pretrain/run.py my recipe.yaml seed=1"
     assert lines == [
-        f"0 0 2 2 node7 20007 {arguments}",
-        f"1 1 2 2 node7 20007 {arguments}",
+        f"0 0 2 2 node7 10007 {arguments}",
+        f"1 1 2 2 node7 10007 {arguments}",
         "saved 0",
         "saved 1",
     ]

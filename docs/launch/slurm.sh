@@ -22,7 +22,7 @@
 set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=$first
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one machine have two ports
+export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # two jobs on one machine have two ports
 export OMP_NUM_THREADS=1 # of the processes that read; the GPU does the rest
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes this from the job itself
 
