@@ -76,6 +76,7 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
         collate_fn=_unchanged,
         prefetch_factor=max(2, 4 // workers) if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_signals,
     )
     handler = signal.getsignal(signal.SIGCHLD)
     # What is frozen, a forked worker's garbage collector leaves alone: it would copy all of it by touching it.
@@ -98,6 +99,19 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
             f"one of data.workers={workers} reading processes died ({why}); the system kills them where memory runs "
             "out, and they die where shared memory (/dev/shm) does"
         )
+
+
+def _outlive_signals(_: int) -> None:
+    """In a worker: clusters send signals to all processes, and the training process needs this one to end well.
+
+    A second SIGTERM ends it: torch and Python send one to a worker that does not end by itself.
+    """
+
+    def once(_: int, __: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, once)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _is_death(error: Exception) -> bool:

@@ -147,6 +147,9 @@ class Checkpoints:
                 save_file(values, partial / f"{file}.safetensors")
             for file, text in texts.items():
                 (partial / file).write_text(text + "\n")
+            mode = (partial / "state.json").stat().st_mode
+            for path in partial.rglob("*.safetensors"):  # safetensors gives them to the owner alone
+                path.chmod(mode)
             for path in (*sorted(partial.rglob("*")), partial):
                 _flush(path)
             if final.exists():  # the same step of the same run, saved again

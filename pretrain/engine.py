@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -189,7 +190,7 @@ def train(run: Run) -> Path:
                 values |= pulls(accelerator, run.bare, inputs[0], seed, whole, done)
             loss = go_backward(accelerator, run.model, inputs, seed, whole, done)
             norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
-            bad = run.bad.step(run.optimizer, norm, loss.total, accelerator.scaler is not None)
+            bad = run.bad.step(run.optimizer, norm, loss.total, accelerator)
             run.optimizer.zero_grad()
             run.step += 1
             run.bare.after_step(run.done)
@@ -280,9 +281,10 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
             record_run(config, given)
             drop_later_metrics(out / "metrics.jsonl", step)
             describe(config, accelerator, encoder, sources, len(tokenizer))
-        run.tracker_ids = trackers.start(
-            accelerator, config.trackers, asdict(config), out, step, counters.get("trackers")
-        )
+        # A run that goes on elsewhere with another one's checkpoint is a run of its own.
+        own = resumed_from is not None and resumed_from.resolve().is_relative_to(out.resolve())
+        ids = counters.get("trackers") if own else None
+        run.tracker_ids = trackers.start(accelerator, config.trackers, asdict(config), out, step, ids)
     return run
 
 
@@ -496,13 +498,22 @@ def prepare_folder(config: Config, accelerator: Accelerator) -> Path | None:
     resumed_from = own
     if config.resume not in ("auto", "none"):
         resumed_from = find_checkpoint(Path(config.resume)).resolve()
-        if own is not None and resumed_from != own.resolve():
+        if own is not None and began_with(out) == config.resume:
+            resumed_from = own  # the same command once more: it goes on with what it has done since
+        elif own is not None and resumed_from != own.resolve():
             raise ConfigError(
                 f"resume={config.resume}, but {out / 'checkpoints'} holds checkpoints of its own: choose another `out`"
             )
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     return resumed_from
+
+
+def began_with(out: Path) -> str | None:
+    """What ``resume`` was when a run was last started in this folder."""
+    saved = out / "config.yaml"
+    settings = yaml.safe_load(saved.read_text()) if saved.exists() else None
+    return settings.get("resume") if isinstance(settings, dict) else None
 
 
 def record_run(config: Config, given: str | None) -> None:

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data.errors import UserError
@@ -83,19 +84,20 @@ class BadSteps:
         self.allowed, self.count = allowed, count
         self._seen: list[tuple[int, Tensor, dict[str, Tensor], list[str]]] = []
 
-    def step(self, optimizer: Any, norm: Tensor, loss: Tensor, scaled: bool = False) -> Tensor:
+    def step(self, optimizer: Any, norm: Tensor, loss: Tensor, accelerator: Accelerator) -> Tensor:
         """Make the step if the gradient is finite; returns whether it is to be counted as bad, a bool on the device.
 
         Args:
             optimizer: bare, or as Accelerate wraps it.
             norm: of the gradient.
             loss: this rank's.
-            scaled: gradients are scaled (fp16), and the scaler leaves out steps itself, which is how it finds its
-                scale: only those count whose loss is not finite.
+            accelerator: where it scales gradients (fp16), the scaler leaves out steps itself, which is how it finds its
+                scale: only those count in which some rank's loss is not finite.
         """
-        if scaled:
+        if accelerator.scaler is not None:
             optimizer.step()
-            return ~torch.isfinite(loss.detach())
+            mean: Tensor = accelerator.reduce(loss.detach(), "mean")
+            return ~torch.isfinite(mean)
         bad = ~torch.isfinite(norm.detach())
         # As torch's own scaler does it: the fused kernel reads the flag, and leaves weights and moments where it is 1.
         getattr(optimizer, "optimizer", optimizer).found_inf = bad.float()

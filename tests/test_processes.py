@@ -119,3 +119,18 @@ def test_an_error_of_one_rank_is_shown_and_ends_all(tmp_path: Path) -> None:
     code, _, errors = finish(start(2, write_recipe(tmp_path), "train.batch_size=9"), timeout=60)
     assert code != 0
     assert "error: 2 processes can't share" in errors
+
+
+def test_a_signal_to_all_processes_of_a_run_saves_and_ends_well(tmp_path: Path) -> None:
+    """As a cluster sends it: to the workers that read ahead, too."""
+    recipe, out = write_recipe(tmp_path), tmp_path / "run"
+    program = [sys.executable, str(ROOT / "pretrain" / "run.py"), str(recipe), "eval.label=null", "data.workers=2"]
+    settings = ["train.steps=100000", "train.save_every=100000", "train.pictures=false"]
+    process = subprocess.Popen(
+        [*program, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_step(out, 4, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, shown, errors = finish(process)
+    assert code == 0, errors
+    assert f"stopped by SIGTERM; {find_last(out / 'checkpoints')} is saved" in shown
