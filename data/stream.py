@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
@@ -388,20 +387,6 @@ class Stream(IterableDataset[Batch]):
         """
         with _reading(folder / STATE) as state:
             return self.load_state_dict(state)
-
-    def attach(self, accelerator: Accelerator) -> None:
-        """Save with ``accelerator.save_state`` and load with ``accelerator.load_state``, as ``stream.json``."""
-
-        def save(models: Any, weights: Any, folder: str) -> None:
-            if accelerator.is_main_process:
-                self.save(Path(folder))
-
-        def load(models: Any, folder: str) -> None:
-            if changed := self.load(Path(folder)):
-                accelerator.print("the data have changed, a new pass over them begins:\n  " + "\n  ".join(changed))
-
-        accelerator.register_save_state_pre_hook(save)
-        accelerator.register_load_state_pre_hook(load)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from data.batch import Field
 from objectives.gather import gather_counts, gather_rows, sum_to_owner
-from objectives.passes import Passes
+from objectives.passes import Passes, at_least_float32
 from pretrain.model.encoder import Encoder
 
 MAX_LOG_SCALE = math.log(100)
@@ -325,8 +325,8 @@ def _loss(
         # Logits are scale * cosine (+ bias), so d/dlog_scale is the sum of unit_x * d/dunit_x.
         loss, dscale, dbias = block.sum(torch.stack([outcome.loss, (unit_x * outcome.dx).sum(), outcome.dbias]))
         ranks = len(block.counts)
-        dx = _normalise_backward(unit_x, norm_x, outcome.dx).mul_(ranks).to(x.dtype)
-        dy = _normalise_backward(unit_y, norm_y, outcome.dy).mul_(ranks).to(y.dtype)
+        dx = _normalise_backward(unit_x, norm_x, outcome.dx).mul_(ranks)
+        dy = _normalise_backward(unit_y, norm_y, outcome.dy).mul_(ranks)
     if bias is None:
         return _known(loss, [dx, dy, dscale], [x, y, log_scale])
     return _known(loss, [dx, dy, dscale, dbias], [x, y, log_scale, bias])
@@ -349,17 +349,23 @@ def _known(value: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor])
 
 
 class _Known(torch.autograd.Function):
-    """A value whose gradients with respect to the inputs are known already."""
+    """A value whose gradients with respect to the inputs are known already.
+
+    They wait in their own precision and become that of the inputs once they are scaled: the gradient of a mean over
+    many rows is below what fp16 can tell from 0, and a loss scale may be above the largest number that it has.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [each.dtype for each in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, *((upstream * gradient).to(dtype) for gradient, dtype in pairs)
 
 
 def with_gradients(value: Tensor, gradients: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -368,8 +374,8 @@ def with_gradients(value: Tensor, gradients: Mapping[str, Tensor], inputs: Mappi
 
 
 # Accumulation with negatives from all micro-batches (GradCache, Gao et al. 2021): embed each micro-batch without a
-# graph, find the gradients of all embeddings at once, then embed each again with the random state it had, and go
-# backward from `with_gradients`.
+# graph, find the gradients of all embeddings at once, then embed each again, with the same masks since these depend on
+# the rows' seeds alone, and go backward from `with_gradients`.
 
 
 class EmbeddingGradients(NamedTuple):
@@ -377,7 +383,7 @@ class EmbeddingGradients(NamedTuple):
 
     Attributes:
         terms: name -> scalar, of the whole batch; without a graph.
-        embeddings: for each micro-batch: modality -> (n, E), the gradient of the sum of the terms.
+        embeddings: for each micro-batch: modality -> (n, E), the gradient of the sum of the terms, in at least float32.
         parameters: the objective's parameters by name -> their gradient, once for all micro-batches and equal on all
             ranks.
     """
@@ -401,7 +407,10 @@ def embedding_gradients(
         sizes: number of rows of each micro-batch.
         groups: of each micro-batch what ``Contrastive`` takes.
     """
-    parts = [{name: each.x.detach().requires_grad_() for name, each in fields.items()} for fields in micro_batches]
+    parts = [
+        {name: at_least_float32(each.x.detach()).requires_grad_() for name, each in fields.items()}
+        for fields in micro_batches
+    ]
     merged: dict[str, Field] = {}
     for name in {name: None for fields in micro_batches for name in fields}:
         holding = [i for i, fields in enumerate(micro_batches) if name in fields]

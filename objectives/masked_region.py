@@ -231,10 +231,13 @@ class PrototypeTarget(LatentTarget):
         return F.kl_div(student.log_softmax(dim=-1), assigned, reduction="none").sum(dim=-1)
 
     def _count(self, number: int, similarities: Tensor) -> None:
+        """Add the rows (n, prototypes) that are finite to what the step has of a modality."""
         if self.sums is None:
             self.sums = torch.zeros(len(self.centres), self.config.prototypes + 1, device=similarities.device)
-        self.sums[number, :-1] += similarities.sum(dim=0)
-        self.sums[number, -1] += len(similarities)
+        # The optimiser leaves a step out whose gradients are not finite. Centres would keep a NaN for good.
+        finite = similarities.isfinite().all(dim=1, keepdim=True)
+        self.sums[number, :-1] += similarities.where(finite, 0).sum(dim=0)
+        self.sums[number, -1] += finite.sum()
 
     @torch.no_grad()
     def after_step(self, encoder: Encoder, progress: float) -> None:

@@ -24,8 +24,9 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
-# class says which modalities it `learns_from` and which passes it `reads`, "embeddings" or "joint"; passes that nobody
-# reads are not made. It may have ``after_step(encoder, progress)``, see ``Pretraining.after_step``.
+# class says which modalities it `learns_from`, else it is not built, and which passes it `reads`, "embeddings" or
+# "joint"; passes that nobody reads are not made. It may have ``after_step(encoder, progress)``, see
+# ``Pretraining.after_step``.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
     "masked_language": MaskedLanguage,
@@ -121,7 +122,8 @@ class Contrast(NamedTuple):
 
     Attributes:
         terms: name -> scalar, the losses of the whole batch; without a graph.
-        embeddings: modality -> (n, E), the gradient of the sum of the terms, times the number of micro-batches.
+        embeddings: modality -> (n, E), the gradient of the sum of the terms, times the number of micro-batches; in at
+            least float32, whatever the embeddings are in.
         parameters: name -> gradient, likewise; with one micro-batch only.
     """
 
@@ -157,13 +159,15 @@ class Pretraining(nn.Module):
 
         Args:
             encoder: trained in place.
-            config: the objectives and their weights.
+            config: the objectives and their weights; those that cannot learn from the encoder's modalities are left
+                out.
             continues: (V,) bool, ids that go on with a word (``data.text.continues_word``); for ``whole_words``.
         """
         super().__init__()
         self.encoder = encoder
         self.config = config
-        used = [name for name in OBJECTIVES if any(config.weight(name, progress) > 0 for progress in (0, 1))]
+        weighty = [name for name in OBJECTIVES if any(config.weight(name, progress) > 0 for progress in (0, 1))]
+        used = [name for name in weighty if OBJECTIVES[name].learns_from(encoder.views.used)]
         self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), encoder) for name in used})
         ordinary = torch.ones(encoder.vocabulary.size, dtype=torch.bool)
         ordinary[list(encoder.vocabulary.special_ids)] = False

@@ -13,9 +13,12 @@ checkpoints/last      link to the newest
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, count
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,8 @@ from pretrain.model.encoder import Encoder
 
 SCHEMA = 3
 LAST = "last"
+# So many checkpoints in a row that can't be written end the run.
+RETRIES = 3
 _PARTIAL = ".partial"
 
 
@@ -60,28 +65,58 @@ class Resumed(NamedTuple):
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, on a thread of its own while training goes on; one at a time."""
+    """Writes a run's checkpoints, on a thread of its own while training goes on; one at a time.
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
+    A checkpoint counts as written once it has its name. What goes wrong after that (``last`` that can't be made, an
+    old checkpoint that can't be removed since someone reads it) is only warned of, and tried again with the next one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         """Nothing is written yet.
 
         Args:
             folder: the run's ``checkpoints`` folder.
             keep: how many of the newest remain.
             keep_every: those at multiples of this step remain, too.
+            warn: gets what the user should know but no one has to act on, once for each file or folder that it is
+                about. Called by the thread that calls `save`, `look` or `wait`, or leaves the ``with``.
         """
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
+        self._failures = 0  # in a row
+        self._newest = find_last(folder)
+        self._warn = warn
+        # Of the thread's; only `wait` takes from the list, once the thread is done.
+        self._warned_of: set[Path] = set()
+        self._warnings: list[str] = []
         # What a checkpoint is copied to first; kept, since memory that was in use before is several times as fast.
         self._copies: dict[tuple[str, str], Tensor] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """What has been begun is written to its end, whatever ends the run."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What has been begun is written to its end, whatever ends the run; if that fails, ``error`` gets a note of it.
+
+        Raises:
+            CheckpointError: it could not be written, and nothing else went wrong.
+        """
         self._thread.shutdown()
+        try:
+            self.wait()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))
 
     def save(
         self,
@@ -93,8 +128,10 @@ class Checkpoints:
         identity: Mapping[str, Any],
         counters: Mapping[str, Any],
         average: nn.Module | None = None,
-    ) -> None:
-        """Copy all that a checkpoint holds, and begin to write it; waits for the one before.
+        *,
+        wait: bool = True,
+    ) -> bool:
+        """Copy all that a checkpoint holds, and begin to write it. If the one before has failed, that is warned of.
 
         Args:
             step: steps done.
@@ -105,11 +142,22 @@ class Checkpoints:
             identity: what a resumed run must have in common with this one, for JSON.
             counters: what else is to be had back, for JSON.
             average: of the encoder's weights, which evaluation and export then get.
+            wait: for the one before, however long that takes; and try, however many have failed.
+
+        Returns:
+            whether it was begun: without ``wait`` it is not while the one before is still being written.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: `RETRIES` in a row could not be written; never with ``wait``.
         """
-        self.wait()
+        if not wait and self._writing is not None and not self._writing.done():
+            return False
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if self._failures >= RETRIES and not wait:
+                raise
+            self._warn(str(error))
         weights = self._copy("trained", model.encoder.state_dict())
         tensors = {
             "objectives": self._copy("objectives", model.objectives.state_dict()),
@@ -121,15 +169,40 @@ class Checkpoints:
         # Made here, not on the thread: what is shared may change while that one writes.
         texts = {"state.json": json.dumps(state, indent=2), STATE: json.dumps(stream, indent=1)}
         self._writing = self._thread.submit(self._write, step, model.encoder, weights, tokenizer, tensors, texts)
+        return True
+
+    def look(self) -> CheckpointError | None:
+        """What has become of the checkpoint that was begun: why it failed, said once, or None. Does not wait.
+
+        Raises:
+            CheckpointError: it has failed, as the `RETRIES` - 1 before it.
+        """
+        if self._writing is None or not self._writing.done():
+            return None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if self._failures >= RETRIES:
+                raise
+            return error
+        return None
 
     def wait(self) -> Path | None:
         """Wait until the checkpoint that is being written is there; returns it, or None if none is.
 
         Raises:
-            CheckpointError: it could not be written; those before it are as they were.
+            CheckpointError: it could not be written; those before it are as they were. Said once.
         """
-        writing, self._writing = self._writing, None
-        return None if writing is None else writing.result()
+        if self._writing is None:
+            return None
+        writing = self._writing
+        failed = writing.exception() is not None  # what is interrupted in waiting here can wait again
+        self._writing = None
+        self._failures = self._failures + 1 if failed else 0
+        found, self._warnings = self._warnings, []
+        for message in found:
+            self._warn(message)
+        return writing.result()
 
     def _copy(self, what: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On the CPU, contiguous, and no views of what goes on changing."""
@@ -151,12 +224,11 @@ class Checkpoints:
         tensors: Mapping[str, dict[str, Tensor]],
         texts: Mapping[str, str],
     ) -> Path:
-        """Write aside, rename when whole, point ``last`` at it and drop what need not remain."""
-        name = f"step-{step:08d}"
-        partial, final = self.folder / (name + _PARTIAL), self.folder / name
+        """Write aside, rename when whole, then point ``last`` at it and drop what need not remain."""
+        final = self.folder / f"step-{step:08d}"
+        partial = _aside(final)
         try:
-            for leftover in self.folder.glob("step-*" + _PARTIAL):  # of a run that was killed while saving
-                shutil.rmtree(leftover)
+            self._sweep()
             (partial / "encoder").mkdir(parents=True)
             encoder.save(partial / "encoder", weights)
             tokenizer.save_pretrained(partial / "encoder" / "tokenizer")
@@ -170,27 +242,66 @@ class Checkpoints:
             for path in (*sorted(partial.rglob("*")), partial):
                 _flush(path)
             if final.exists():  # the same step of the same run, saved again
-                _remove(final)
+                final.rename(_aside(final, ".old"))
             partial.rename(final)
-            point_last(final)
-            for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
-                if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
-                    _remove(old)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            last = find_last(self.folder)
-            before = f"the newest one is {last}" if last else "there is none before it"
+            before = f"the newest one is {self._newest}" if self._newest else "there is none before it"
             raise CheckpointError(f"{final} could not be written ({error}); {before}") from error
+        self._newest = final
+        self._tidy(final)
         return final
 
+    def _tidy(self, final: Path) -> None:
+        """What is left to do once a checkpoint has its name; raises nothing, since the checkpoint is there."""
+        try:
+            _flush(self.folder)  # those before it remain until its name is on disk
+            whole = sorted(self.folder.glob("step-????????"))
+        except OSError as error:
+            self._note(self.folder, f"{final} is written, but those before it are kept: {self.folder} failed ({error})")
+            return
+        if (problem := point_last(final)) is not None:
+            self._note(final.with_name(LAST), problem)
+        for old in whole[: -self.keep]:
+            if self.keep_every is None or int(old.name.removeprefix("step-")) % self.keep_every:
+                try:  # its name goes first, so that a run that is killed here leaves no half of one under it
+                    old.rename(_aside(old, ".old"))
+                except OSError as error:
+                    self._note(old, f"{old} could not be removed ({error}); the next checkpoint tries again")
+        try:
+            self._sweep()
+        except OSError as error:
+            self._note(self.folder, f"{self.folder} could not be cleared ({error}); the next checkpoint tries again")
 
-def point_last(checkpoint: Path) -> None:
-    """Let the link ``last`` beside a checkpoint lead to it."""
-    link = checkpoint.with_name(LAST + _PARTIAL)
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.name)
-    link.replace(checkpoint.with_name(LAST))
-    _flush(checkpoint.parent)
+    def _sweep(self) -> None:
+        """Remove what has no name of its own: old checkpoints, and those of a run that was killed while saving."""
+        for leftover in self.folder.glob("step-*" + _PARTIAL):
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:
+                self._note(leftover, f"{leftover} could not be removed ({error}); the next checkpoint tries again")
+
+    def _note(self, path: Path, message: str) -> None:
+        """Keep what is to be warned of, if it is the first about this path."""
+        if path not in self._warned_of:
+            self._warned_of.add(path)
+            self._warnings.append(message)
+
+
+def point_last(checkpoint: Path) -> str | None:
+    """Let the link ``last`` beside a checkpoint lead to it; returns why that can't be done, or None.
+
+    Some file systems have no links. Runs don't need it: `find_last` goes by the names.
+    """
+    last, link = checkpoint.with_name(LAST), checkpoint.with_name(LAST + _PARTIAL)
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name)
+        link.replace(last)
+        _flush(checkpoint.parent)
+    except OSError as error:
+        return f"{last} could not be made to lead to {checkpoint.name} ({error}); use the newest step-* beside it"
+    return None
 
 
 def find_last(folder: Path) -> Path | None:
@@ -298,11 +409,11 @@ def restore(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor
     optimizer.load_state_dict({"state": {places[name]: each for name, each in state.items()}, "param_groups": groups})
 
 
-def _remove(checkpoint: Path) -> None:
-    """Take away its name first, so that a run that is killed here leaves no half of one under it."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.old{_PARTIAL}")
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
+def _aside(path: Path, mark: str = "") -> Path:
+    """A name beside it for what is not whole, or no more; not that of a leftover that can't be removed."""
+    numbers = chain([""], map(".{}".format, count(1)))
+    names = (path.with_name(path.name + mark + number + _PARTIAL) for number in numbers)
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _flush(path: Path) -> None:

@@ -55,8 +55,8 @@ class TrainConfig:
     layer_decay: float = 1.0
     """Factor on the learning rate for each layer that is further from the encoder's end; below 1 for init_from."""
     ema: float | None = None
-    """Share of itself that an average of the encoder's weights keeps at a step, such as 0.9999; evaluation and export
-    then use the average. null: there is none."""
+    """Share of itself that an average of the encoder's weights keeps at a step, such as 0.9999, less at first; evaluation
+    and export then use the average. null: there is none."""
     clip_norm: float = 1.0
     """Largest norm of the gradient over all parameters."""
     precision: str = "auto"

@@ -1,6 +1,7 @@
 """The training run: build everything from a Config, then one loop that reads on a screen."""
 
 import copy
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerBase
 
@@ -43,14 +45,15 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
 from pretrain.optimizer import BadSteps, TrainingError, learning_rate, make_optimizer, set_learning_rate
 from pretrain.progress import Progress
-from pretrain.ranks import Ranks, Stop
+from pretrain.ranks import Ranks, Stop, first_alone
 
 # Settings that change memory and speed alone.
 SAME_RESULT = {"objectives.contrastive.tile"}
 # Ways in which several processes may share the work.
 SHARED_BY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+LOCK = ".lock"
 # What may lie in a run's folder before it has begun.
-BEFORE_A_RUN = {"checkpoints", "tokenizer", "trackers", "bad_steps", "export", "eval", "pictures"}
+BEFORE_A_RUN = {"checkpoints", "tokenizer", "trackers", "bad_steps", "export", "eval", "pictures", "dry_run"}
 
 
 @dataclass
@@ -116,8 +119,9 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
         checkpoint: where the run goes on.
     """
 
-    def __init__(self, signal: str, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal}; {checkpoint} is saved, the same command goes on from it")
+    def __init__(self, signal: str, checkpoint: Path, resume: str) -> None:
+        again = "with resume=auto it goes on from there" if resume == "none" else "the same command goes on from it"
+        super().__init__(f"stopped by {signal}; {checkpoint} is saved, {again}")
         self.signal, self.checkpoint = signal, checkpoint
 
 
@@ -146,12 +150,40 @@ def pretrain(
         TrainingError: too many steps whose gradient is not finite.
         Stopped: SIGTERM or SIGUSR1 came.
     """
-    run = set_up(config, sources, accelerator or start_accelerator(config), given)
-    if run.step == config.train.steps and (finished := find_last(run.out / "checkpoints")) is not None:
-        if run.accelerator.is_main_process:
-            point_last(finished)  # a run that is killed at its end may not have come to that
-        return finished
-    return train(run)
+    accelerator = accelerator or start_accelerator(config)
+    with claimed(Path(config.out), accelerator):
+        run = set_up(config, sources, accelerator, given)
+        if run.step == config.train.steps and (finished := find_last(run.out / "checkpoints")) is not None:
+            if run.accelerator.is_main_process:
+                point_last(finished)  # a run that is killed at its end may not have come to that; if it can be made
+            return finished
+        return train(run)
+
+
+@contextmanager
+def claimed(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other runs out of a folder; the system gives it back when this process ends, however that is.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"out={out}: another run is at work there ({file.read().strip()}): wait for it, end it, or choose "
+                "another `out`"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def train(run: Run) -> Path:
@@ -161,7 +193,8 @@ def train(run: Run) -> Path:
     on_device = OnDevice(config.data.views).to(accelerator.device)
     timeout = timedelta(seconds=settings.timeout)
     ranks = Ranks(accelerator.num_processes, timeout)
-    checkpoints = Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every)
+    warn = partial(warn_of, accelerator)
+    checkpoints = Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every, warn)
     # A line at each checkpoint too, so that none before it is lost to a run that resumes from it.
     progress = Progress(
         run.out / "metrics.jsonl",
@@ -196,37 +229,52 @@ def train(run: Run) -> Path:
             run.bare.after_step(run.done)
             follow(run)
 
-            everywhere = ranks.sum(stop.got | rows_of(batch, config) | terms_of(loss, run.bare))
+            if (failed := checkpoints.look()) is not None:  # on the first rank, which writes
+                warn(f"{failed}. It is written again")
+            again = {"save again": int(failed is not None)}
+            everywhere = ranks.sum(stop.got | again | rows_of(batch, config) | terms_of(loss, run.bare))
             run.bad.note(run.step, bad, loss.terms, batch.keys)
-            values |= mean_terms(loss, run.bare, everywhere) | shares_cut(batch)
+            values |= mean_terms(loss, run.bare, everywhere) | shares_cut(batch, everywhere)
             values |= {"gradient_norm": norm, "learning_rate": rate}
             asked = next((name for name in stop.got if everywhere[name]), None)
-            if progress.due or asked is not None:
-                report_bad_steps(run)
             rows = {name: everywhere[f"rows {name}"] for name in config.data.views.used}
-            progress.update(values, rows, last=asked is not None)
+            last = run.step == steps or asked is not None
+            saving = last or run.step % settings.save_every == 0 or everywhere["save again"] > 0
+            due = progress.due or saving
+            progress.update(values, rows, last=saving)  # none of what a checkpoint has behind it may lack a line
+            if due:
+                report_bad_steps(run)
             if monitor is not None and monitor.due(run.step, time.perf_counter() - begun):
                 with progress.aside():
                     progress.evaluated(monitor.look(run.encoder))
-            if run.step % settings.save_every == 0 or run.step == steps or asked is not None:
+            if saving:
                 with progress.aside():
-                    save(run, checkpoints)
+                    if not save(run, checkpoints, wait=last):
+                        warn(
+                            f"step {run.step}: the checkpoint before is still being written, so there is none of this "
+                            "step; raise train.save_every"
+                        )
                     if settings.pictures and main:
                         draw(run.bare, inputs[0], seed, run.out / "pictures" / f"step-{run.step:08}.png")
-                if run.step == steps or asked is not None:
-                    break
+            if last:
+                break
         saved = checkpoints.wait()  # no second signal ends it
     accelerator.wait_for_everyone()  # others must not read, or end, before it is written
     trackers.finish(accelerator)
     saved = run.out / "checkpoints" / f"step-{run.step:08d}" if saved is None else saved
     if asked is not None and run.step < steps:
-        raise Stopped(asked, saved)
+        raise Stopped(asked, saved, config.resume)
     return saved
 
 
 def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accelerator, given: str | None = None) -> Run:
     """Everything built and, where there is a checkpoint to go on from, restored; raises what `pretrain` raises."""
     out, main = Path(config.out), accelerator.is_main_process
+    if (part := config.train.batch_size // accelerator.num_processes) % config.train.accumulate:
+        raise ConfigError(
+            f"train.accumulate={config.train.accumulate} does not divide the {part} samples of a step that each of "
+            f"{accelerator.num_processes} processes has"
+        )
     resumed_from = prepare_folder(config, accelerator)
     sources = open_train(config.data) if sources is None else sources
     accelerator.print(modalities_of(config, sources))
@@ -240,11 +288,6 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    if (part := config.train.batch_size // accelerator.num_processes) % config.train.accumulate:
-        raise ConfigError(
-            f"train.accumulate={config.train.accumulate} does not divide the {part} samples of a step that each of "
-            f"{accelerator.num_processes} processes has"
-        )
     identity = identity_of(config)
 
     torch.manual_seed(config.seed)
@@ -271,27 +314,45 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
             raise ConfigError(f"train.steps={config.train.steps}, but {resumed_from} has done {step} already")
     if stream.steps is not None and stream.steps < config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but max_epochs of all sources end at step {stream.steps}")
-    model, optimizer = accelerator.prepare(bare, bare_optimizer)
+    optimizer = accelerator.prepare(bare_optimizer)
     if accelerator.scaler is not None and counters.get("scaler"):
         accelerator.scaler.load_state_dict(counters["scaler"])
     bad = BadSteps(config.train.max_bad_steps, counters.get("bad_steps", 0))
+    model = share_model(bare, accelerator.num_processes)
     run = Run(config, accelerator, stream, tokenizer, bare, model, optimizer, average, step, bad, {})
     if step < config.train.steps:
         if main:
             record_run(config, given)
             drop_later_metrics(out / "metrics.jsonl", step)
+            for path in (out / "bad_steps").glob("*.jsonl"):
+                drop_later_metrics(path, step)
             describe(config, accelerator, encoder, sources, len(tokenizer))
         # A run that goes on elsewhere with another one's checkpoint is a run of its own.
-        own = resumed_from is not None and resumed_from.resolve().is_relative_to(out.resolve())
+        own = resumed_from is not None and resumed_from.resolve().parent == (out / "checkpoints").resolve()
         ids = counters.get("trackers") if own else None
         run.tracker_ids = trackers.start(accelerator, config.trackers, asdict(config), out, step, ids)
     return run
 
 
-def save(run: Run, checkpoints: Checkpoints) -> None:
-    """Begin to write a checkpoint; the first rank does."""
+def share_model(bare: Pretraining, world: int) -> nn.Module:
+    """The module whose gradients are averaged over ranks.
+
+    Not by ``Accelerator.prepare``, which names the device: DDP would then move all tensors of a batch to it, also those
+    that say which rows are whose and are read on the CPU.
+    """
+    # One buffer for gradients and what is sent, no second copy of them.
+    return DistributedDataParallel(bare, gradient_as_bucket_view=True) if world > 1 else bare
+
+
+def warn_of(accelerator: Accelerator, message: str) -> None:
+    """Say it where the run's progress is shown."""
+    accelerator.print(f"WARNING {message}")
+
+
+def save(run: Run, checkpoints: Checkpoints, wait: bool) -> bool:
+    """Begin to write a checkpoint; the first rank does. Returns whether it could, see `Checkpoints.save`."""
     if run.accelerator.is_main_process:
-        checkpoints.save(
+        return checkpoints.save(
             run.step,
             run.bare,
             getattr(run.optimizer, "optimizer", run.optimizer),
@@ -300,14 +361,18 @@ def save(run: Run, checkpoints: Checkpoints) -> None:
             identity_of(run.config),
             run.counters(),
             run.average,
+            wait=wait,
         )
+    return True
 
 
 @torch.no_grad()
 def follow(run: Run) -> None:
     """The average of the weights goes a step after them (Polyak and Juditsky 1992), if there is one."""
     if run.average is not None:
-        average = get_ema_multi_avg_fn(run.config.train.ema)  # type: ignore[no-untyped-call]
+        # Faster at first, or a short run's average would hold much of the random weights that it began with.
+        decay = min(run.config.train.ema or 0.0, run.step / (run.step + 9))
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(list(run.average.parameters()), [p.detach() for p in run.bare.encoder.parameters()], None)
 
 
@@ -330,9 +395,12 @@ def make_monitor(run: Run) -> Monitor | None:
 
 
 def rows_of(batch: Batch, config: Config) -> dict[str, int]:
-    """How many rows of the batch have a modality."""
-    fields = batch.fields
-    return {f"rows {name}": len(fields[name].rows) if name in fields else 0 for name in config.data.views.used}
+    """How many rows of the batch have a modality, and of how many it was longer than its view."""
+    fields, numbers = batch.fields, dict[str, int]()
+    for name in config.data.views.used:
+        numbers[f"rows {name}"] = len(fields[name].rows) if name in fields else 0
+        numbers[f"cut {name}"] = (fields[name].cut or 0) if name in fields else 0
+    return numbers
 
 
 def terms_of(loss: Loss, bare: Pretraining) -> dict[str, int]:
@@ -376,7 +444,7 @@ def report_bad_steps(run: Run) -> None:
             f"{message}. That is more than train.max_bad_steps={run.bad.allowed}; try a lower train.learning_rate, or "
             "train.precision=fp32"
         )
-    run.accelerator.print(f"WARNING {message}")
+    warn_of(run.accelerator, message)
 
 
 def go_backward(
@@ -392,7 +460,8 @@ def go_backward(
     for part, (batch, others) in enumerate(zip(inputs, together, strict=True), 1):
         # Ranks exchange gradients once, with the last.
         with nullcontext() if part == len(inputs) else accelerator.no_sync(model):
-            loss: Loss = model(batch, seed=seed, whole=whole, progress=progress, together=others)
+            with accelerator.autocast():
+                loss: Loss = model(batch, seed=seed, whole=whole, progress=progress, together=others)
             accelerator.backward(loss.total / len(inputs))
         losses.append(Loss(loss.total.detach(), {name: term.detach() for name, term in loss.terms.items()}))
     if len(losses) == 1:
@@ -442,17 +511,16 @@ def start_accelerator(config: Config) -> Accelerator:
         precision = "bf16" if fast_in_bf16(state.device) else "fp32"
     if precision == "fp16" and state.device.type != "cuda":
         raise ConfigError(f"train.precision=fp16 needs a GPU, and this is {state.device}; allowed are auto, fp32, bf16")
-    together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[timeout, together],
+        kwargs_handlers=[timeout],
         **trackers.accelerator_arguments(config.trackers, Path(config.out)),
     )
     if accelerator.distributed_type not in SHARED_BY:
         raise ConfigError(
-            f"launched with {accelerator.distributed_type.value}, which shards the model; so far every process has a "
-            "whole one: launch with plain data parallelism, as the files in docs/launch do"
+            f"launched with {accelerator.distributed_type.value}: so far processes share the work by plain data "
+            "parallelism, on CPUs or CUDA GPUs, each with a whole model; the files in docs/launch do that"
         )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
@@ -512,7 +580,10 @@ def prepare_folder(config: Config, accelerator: Accelerator) -> Path | None:
 def began_with(out: Path) -> str | None:
     """What ``resume`` was when a run was last started in this folder."""
     saved = out / "config.yaml"
-    settings = yaml.safe_load(saved.read_text()) if saved.exists() else None
+    try:
+        settings = yaml.safe_load(saved.read_text()) if saved.exists() else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{saved} is damaged: {error}") from error
     return settings.get("resume") if isinstance(settings, dict) else None
 
 
@@ -597,10 +668,10 @@ def make_tokenizer(
     if config.name is not None:
         return load_tokenizer(config.name)
     folder = out / "tokenizer"
-    if accelerator.is_main_process:  # the others read it: a tokenizer of their own might differ
-        captions = chain.from_iterable(source.captions(MAX_CAPTIONS // len(sources)) for source in sources)
-        train_tokenizer(captions, config.train or 0).save_pretrained(folder)
-    accelerator.wait_for_everyone()
+    with first_alone(accelerator.is_main_process, accelerator.num_processes):
+        if accelerator.is_main_process:  # the others read it: a tokenizer of their own might differ
+            captions = chain.from_iterable(source.captions(MAX_CAPTIONS // len(sources)) for source in sources)
+            train_tokenizer(captions, config.train or 0).save_pretrained(folder)
     return load_tokenizer(folder)
 
 
@@ -617,10 +688,10 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # torch's generators take signed 64-bit seeds
 
 
-def shares_cut(batch: Batch) -> dict[str, float]:
-    """``cut_text`` and the like: the share of a modality's samples that were longer than its view."""
-    fields = batch.fields.items()
-    return {f"cut_{name}": field.cut / len(field.rows) for name, field in fields if field.cut is not None}
+def shares_cut(batch: Batch, everywhere: Mapping[str, int]) -> dict[str, float]:
+    """``cut_text`` and the like: the share of a modality's samples that were longer than its view, of all ranks."""
+    names = [name for name, field in batch.fields.items() if field.cut is not None]
+    return {f"cut_{name}": everywhere[f"cut {name}"] / everywhere[f"rows {name}"] for name in names}
 
 
 def drop_later_metrics(path: Path, step: int) -> None:

@@ -92,13 +92,14 @@ class BadSteps:
             norm: of the gradient.
             loss: this rank's.
             accelerator: where it scales gradients (fp16), the scaler leaves out steps itself, which is how it finds its
-                scale: only those count in which some rank's loss is not finite.
+                scale: only those count in which some rank's loss is not finite, or whose scale can't be the reason.
         """
+        bad = ~torch.isfinite(norm.detach())
         if accelerator.scaler is not None:
+            smallest = accelerator.scaler.get_scale() <= 1
             optimizer.step()
             mean: Tensor = accelerator.reduce(loss.detach(), "mean")
-            return ~torch.isfinite(mean)
-        bad = ~torch.isfinite(norm.detach())
+            return bad if smallest else ~torch.isfinite(mean)
         # As torch's own scaler does it: the fused kernel reads the flag, and leaves weights and moments where it is 1.
         getattr(optimizer, "optimizer", optimizer).found_inf = bad.float()
         optimizer.step()

@@ -15,7 +15,7 @@ from data.batch import Batch
 from objectives.masked_region import patch_statistics
 from objectives.masking import PatchSplit
 from objectives.passes import JointPass
-from objectives.pretraining import Pretraining
+from objectives.pretraining import OBJECTIVES, Pretraining
 from pretrain.model.encoder import Encoder
 from pretrain.model.layers import gather_tokens
 
@@ -36,7 +36,10 @@ def draw_step(model: Pretraining, batch: Batch, seed: int, limit: int = 4) -> by
     region: Any = dict(model.objectives.items()).get("masked_region")
     if region is None or model.config.masked_region.target != "pixel":
         return None
-    passes = model.passes(batch, seed, whole=False, objectives=list(model.objectives))
+    joint_ones = [name for name in model.objectives if OBJECTIVES[name].reads == "joint"]
+    # Compiled blocks would be compiled again for passes without gradients.
+    with torch.compiler.set_stance("force_eager"):
+        passes = model.passes(batch, seed, whole=False, objectives=joint_ones)
     hiding = [joint for joint in passes.joint if any(split.hidden.numel() for split in joint.splits.values())]
     if not hiding:
         return None

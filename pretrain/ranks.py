@@ -16,6 +16,7 @@ from data.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what clusters send before they take a machine away
 HOST_BYTES = 64
+PATIENCE = timedelta(days=7)
 ANSWER = timedelta(seconds=10)  # ranks notice a failure at moments that lie this far apart, at most
 
 
@@ -65,12 +66,16 @@ class Ranks:
             if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             lost = self.silent()
-            named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in lost) or "a rank that answers again"
+            named = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in lost)
             waited = "" if self.timeout is None else f" (train.timeout={self.timeout.total_seconds():g} s)"
+            what = (
+                f"lost {named}: it ended, was killed, or its machine can't be reached{waited}"
+                if lost
+                else f"some rank took longer than the others wait{waited}, though all answer"
+            )
             raise LostRankError(
-                f"lost {named}: it was killed, or its machine can't be reached{waited}. This rank "
-                f"({dist.get_rank()} on {self.hosts[dist.get_rank()]}) ends, too; the same command goes on from the "
-                f"newest checkpoint. torch says: {str(error).splitlines()[0]}"
+                f"{what}. This rank ({dist.get_rank()} on {self.hosts[dist.get_rank()]}) ends, too; the run goes on "
+                f"from the newest checkpoint when it is started again. torch says: {str(error).splitlines()[0]}"
             ) from error
 
     def silent(self) -> list[int]:
@@ -99,6 +104,20 @@ def _answered(call: Any) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@contextmanager
+def first_alone(main: bool, world: int) -> Iterator[None]:
+    """The first rank does it alone, then the others: it makes what they find. They wait as long as that takes.
+
+    Not with the run's timeout, since indexing shards may take hours. If the first one fails, the launcher ends them.
+    """
+    group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+    if group is not None and not main:
+        dist.barrier(group=group)
+    yield
+    if group is not None and main:
+        dist.barrier(group=group)
 
 
 class Stop:

@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from data import digits
@@ -33,6 +34,7 @@ from pretrain.engine import Stopped, pretrain, start_accelerator
 from pretrain.explain import commented_yaml, explain
 from pretrain.export import export
 from pretrain.model.encoder import Encoder
+from pretrain.ranks import first_alone
 from pretrain.summary import previous_results, results_table, warnings_of
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"
@@ -77,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         run(config, given_yaml(path, overrides))
     except Stopped as stopped:
-        print(stopped)
+        if PartialState().is_main_process:
+            print(stopped)
         return 0
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
     return 0
 
@@ -100,7 +103,8 @@ def run(config: Config, given: str | None = None) -> None:
         accelerator.end_training()
         return
     device = accelerator.device
-    with accelerator.main_process_first():  # it builds what is not there: data, and the shards' indices
+    # It builds what is not there: data, and the shards' indices.
+    with first_alone(accelerator.is_main_process, accelerator.num_processes):
         if config.data.embedded == "digits":
             digits.build(Path(config.data.root))
         sources = open_train(config.data)

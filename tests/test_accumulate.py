@@ -1,5 +1,7 @@
 """Micro-batches: their gradients are those of the whole batch, with all of its negatives."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import KeepConfig, Loss, ObjectivesConfig, Pretraining
 from pretrain.engine import go_backward
-from tests.samples import batch, encoder
+from tests.samples import VIEWS, batch, encoder
 
 PRESENCE = ["ita", "it", "ta", "i", "ita", "it", "ia", "ita", "t", "ita", "ita", "ia"]
 PARTS = 3
@@ -87,6 +89,20 @@ def test_without_the_cache_each_micro_batch_has_its_own_negatives() -> None:
     for name, term in both.terms.items():
         reference = masked.terms if name.startswith("masked") else found.terms
         torch.testing.assert_close(term, reference[name].detach())
+
+
+@pytest.mark.parametrize("parts", [1, PARTS])
+def test_one_modality_trains_without_objectives_that_need_others(parts: int) -> None:
+    """Alone and in micro-batches, and without a pass for what they would read."""
+    settings = ObjectivesConfig(joint_share=1.0, masked_language=MaskedLanguageConfig(weight=1))
+    model = Pretraining(encoder(views=dataclasses.replace(VIEWS, image=None, audio=None)), settings)
+    assert set(model.objectives) == {"masked_language"}
+    embedded: list[object] = []
+    model.encoder.heads["text"].register_forward_hook(lambda *_: embedded.append(None))
+    loss = go_backward(Accelerator(cpu=True), model, batch(["t"] * 6).split(parts), 5, False, 0.0)
+    assert set(loss.terms) == {"masked_language"}
+    assert not embedded
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_batch_splits_into_its_rows() -> None:

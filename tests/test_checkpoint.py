@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from data.source import Source
 from data.stream import DataConfig, Stream
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import ObjectivesConfig, Pretraining
-from pretrain.checkpoint import CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder
+from pretrain.checkpoint import CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder, point_last
 from pretrain.config import TrainConfig
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import make_optimizer
@@ -51,9 +54,16 @@ class Run(NamedTuple):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def save(self, folder: Path, step: int, tokenizer: PreTrainedTokenizerBase, keep: int = 2) -> Path:
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        tokenizer: PreTrainedTokenizerBase,
+        keep: int = 2,
+        checkpoints: Checkpoints | None = None,
+    ) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(folder, keep)
+        checkpoints = checkpoints or Checkpoints(folder, keep, warn=pytest.fail)
         checkpoints.save(step, self.model, self.optimizer, tokenizer, stream().state_dict(), DATA, {"bad_steps": 1})
         saved = checkpoints.wait()
         assert saved is not None
@@ -186,14 +196,114 @@ def test_all_is_written_out_before_it_gets_its_name(
 
 
 def test_left_over_partial_folders_of_any_step_are_removed(
-    tmp_path: Path, trained: Run, tokenizer: PreTrainedTokenizerBase
+    tmp_path: Path, trained: Run, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("step-00000001.partial", "step-00000007.partial"):
         (tmp_path / name / "encoder").mkdir(parents=True)
         (tmp_path / name / "encoder" / "config.json").write_text("{")
     assert find_last(tmp_path) is None
+    save, there = Encoder.save, list[str]()
+
+    def watched(self: Encoder, folder: Path, weights: dict[str, Tensor]) -> None:
+        there.extend(path.name for path in tmp_path.iterdir() if path != folder.parent)
+        save(self, folder, weights)
+
+    monkeypatch.setattr(Encoder, "save", watched)
     trained.save(tmp_path, 7, tokenizer)
+    assert there == []  # before anything is written, which may need the space
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000007"]
+
+
+def test_leftovers_that_cannot_be_removed_stand_in_no_ones_way(
+    tmp_path: Path, trained: Run, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that someone reads stays in its folder under another name."""
+    stuck = [tmp_path / name for name in ("step-00000002.partial", "step-00000002.old.partial")]
+    for folder in stuck:
+        folder.mkdir()
+        (folder / ".nfs0001").touch()
+    remove, numbers = shutil.rmtree, iter(range(100))
+
+    def read_by_someone(path: Path, ignore_errors: bool = False) -> None:
+        if list(path.glob(".nfs*")):
+            raise OSError(errno.ENOTEMPTY, f"Directory not empty, {next(numbers)}", str(path))
+        remove(path, ignore_errors)
+
+    warned = list[str]()
+    checkpoints = Checkpoints(tmp_path, 1, warn=warned.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.checkpoint.shutil.rmtree", read_by_someone)
+        for step in (2, 2, 4):  # the second time the first one has to make way
+            checkpoint = trained.save(tmp_path, step, tokenizer, 1, checkpoints)
+            assert set(tmp_path.iterdir()) == {tmp_path / "last", checkpoint, *stuck}
+    assert len(warned) == len(stuck)  # once for each
+    for folder in stuck:
+        assert [message for message in warned if message.startswith(f"{folder} could not be removed ([Errno ")]
+    # Another run, after they are no longer read.
+    trained.save(tmp_path, 6, tokenizer, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000006"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_tried_again(
+    tmp_path: Path, trained: Run, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, rename = trained.save(tmp_path, 1, tokenizer), Path.rename
+
+    def forbidden(self: Path, target: Path) -> Path:
+        if self == old:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(old))
+        return rename(self, target)
+
+    warned = list[str]()
+    checkpoints = Checkpoints(tmp_path, 1, warn=warned.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", forbidden)
+        for step in (2, 3):
+            assert trained.save(tmp_path, step, tokenizer, 1, checkpoints) == tmp_path / f"step-{step:08d}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", old.name, "step-00000003"]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"{old} could not be removed ([Errno 1] Operation not permitted")
+    trained.save(tmp_path, 4, tokenizer, 1, checkpoints)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000004"]
+
+
+@pytest.mark.parametrize("reason", ["no links", "a folder"])
+def test_a_last_that_cannot_be_made_is_only_warned_of(
+    tmp_path: Path, trained: Run, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if reason == "a folder":  # as after a copy that follows links
+        (tmp_path / "last").mkdir()
+    else:
+        monkeypatch.setattr(os, "symlink", no_links)
+    warned = list[str]()
+    checkpoints = Checkpoints(tmp_path, 1, warn=warned.append)
+    for step in (1, 2):
+        assert trained.save(tmp_path, step, tokenizer, 1, checkpoints) == find_last(tmp_path)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"{tmp_path}/last could not be made to lead to step-00000001 ([Errno ")
+    assert (point_last(tmp_path / "step-00000002") or "").startswith(f"{tmp_path}/last could not")
+
+
+def test_those_before_remain_until_the_new_name_is_on_disk(
+    tmp_path: Path, trained: Run, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, flush = trained.save(tmp_path, 1, tokenizer), pretrain.checkpoint._flush
+
+    def broken(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        flush(path)
+
+    warned = list[str]()
+    monkeypatch.setattr(pretrain.checkpoint, "_flush", broken)
+    second = trained.save(tmp_path, 2, tokenizer, 1, Checkpoints(tmp_path, 1, warn=warned.append))
+    assert (first.exists(), find_last(tmp_path)) == (True, second)
+    assert len(warned) == 1
+    assert f"{second} is written, but those before it are kept" in warned[0]
 
 
 @pytest.mark.parametrize("keep", [1, 3])

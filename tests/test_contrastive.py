@@ -116,6 +116,47 @@ def test_half_precision_embeddings_are_contrasted_in_float32(kind: str) -> None:
     torch.testing.assert_close(dscale.double(), expected[3], rtol=1e-4, atol=1e-5)
 
 
+def large_and_close(n: int) -> tuple[Tensor, Tensor]:
+    """Half-precision embeddings (n, 16) whose gradients are below what fp16 can tell from 0."""
+    x = 100 * randn(n, 16, seed=1)
+    return x.half(), (x + 20 * randn(n, 16, seed=2)).half()
+
+
+def assert_near(scaled: Tensor, scale: float, expected: Tensor) -> None:
+    """fp16 gradients of a loss times ``scale``, as the optimiser gets them."""
+    assert scaled.dtype == torch.float16
+    error = (scaled.double() / scale - expected).norm() / expected.norm()
+    assert error < 1e-2
+
+
+@pytest.mark.parametrize("scale", [32768.0, 65536.0])  # the second is infinite in fp16
+@pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
+def test_gradients_in_fp16_are_scaled_before_they_are_rounded(kind: str, scale: float) -> None:
+    x, y = large_and_close(512)
+    given = [x, y, torch.tensor(3.0), torch.tensor(-10.0)]
+    leaves = [each.clone().requires_grad_() for each in given]
+    got = torch.autograd.grad(scale * fast_loss(kind, *leaves), leaves[:2])
+    _, *expected = loss_and_gradients(lambda *inputs: fast_loss(kind, *inputs), *(each.double() for each in given))
+    for gradient, exact in zip(got, expected[:2], strict=True):
+        assert_near(gradient, scale, exact / 3)
+
+
+@pytest.mark.parametrize("scale", [32768.0, 65536.0])
+def test_micro_batches_in_fp16_are_scaled_before_they_are_rounded(scale: float) -> None:
+    contrastive = Contrastive(ContrastiveConfig(), encoder())
+    rows = torch.arange(256)
+    x, y = large_and_close(512)
+    parts = [{"image": Field(x[half], rows), "text": Field(y[half], rows)} for half in (rows, rows + 256)]
+    exact = [{name: field._replace(x=field.x.double()) for name, field in part.items()} for part in parts]
+    found = embedding_gradients(contrastive, parts, [256, 256])
+    expected = embedding_gradients(contrastive, exact, [256, 256])
+    for part, gradients, wanted in zip(parts, found.embeddings, expected.embeddings, strict=True):
+        leaves = {name: field.x.clone().requires_grad_() for name, field in part.items()}
+        total = scale * with_gradients(torch.zeros(()), gradients, leaves)
+        for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
+            assert_near(gradient, scale, wanted[name])
+
+
 def test_extreme_similarities_are_finite() -> None:
     """Opposed embeddings at scale 100: the sums of a row and of a column differ by a factor of e^200."""
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])

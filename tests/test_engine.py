@@ -449,7 +449,9 @@ def test_auto_takes_bf16_where_it_is_fast(
 
 def test_a_launcher_that_shards_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.FSDP)
-    with pytest.raises(ConfigError, match="launched with FSDP, which shards the model"):
+    with pytest.raises(
+        ConfigError, match="launched with FSDP: so far processes share the work by plain data parallelism"
+    ):
         start_accelerator(tiny_config(tmp_path))
 
 

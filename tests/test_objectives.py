@@ -2,13 +2,15 @@ import dataclasses
 import importlib
 import itertools
 import re
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 
 from data.batch import Batch, Field
 from data.draws import fork
@@ -654,6 +656,36 @@ def test_a_batch_that_feeds_no_objective_is_a_step_of_zeros(presence: list[str])
     assert loss.total == 0
     torch.autograd.backward(loss.total)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+SOME = [(3, True)]
+ALL = [(size, learning) for size in (3, 5, 1) for learning in (True, False)]  # torch treats sizes of 1 apart
+
+
+@pytest.mark.parametrize("cases", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_compiled_blocks_stay_compiled_whatever_a_batch_has(
+    cases: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[object] = []
+
+    def backend(graph: nn.Module, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    torch.compiler.reset()
+    model = encoder(model=dataclasses.replace(MODEL, sharing="ffn"))
+    model.compile_blocks()
+    with dynamo.patch(fail_on_recompile_limit_hit=True):  # else it is a line in the log
+        for size, learning in cases:
+            for pattern in PATTERNS[1:]:
+                fields = batch([pattern] * size).fields
+                with torch.set_grad_enabled(learning):
+                    model.trunk({name: model.tokens(name, each) for name, each in fields.items()})
+                    if len(fields) == 1:
+                        model.features(*next(iter(fields.items())))
+    torch.compiler.reset()
+    assert len(graphs) == 10 * len(cases)
 
 
 def test_rows_that_have_nothing_change_nothing() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import pretrain.pictures
 from objectives.masked_language import MaskedLanguageConfig
@@ -83,6 +83,27 @@ def test_a_step_draws_what_the_decoders_predict(shown: list[Tensor]) -> None:
     assert not torch.allclose(reconstruction[masked.isnan()], shown[0][masked.isnan()], atol=0.1)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_picture_costs_no_pass_that_it_does_not_show_and_no_compilation() -> None:
+    model = Pretraining(encoder(), CONFIG)
+    compiled: list[object] = []
+    embedded: list[object] = []
+
+    def backend(graph: nn.Module, _: object) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    for block in model.encoder.blocks:
+        block.compile(backend=backend)
+    for head in model.encoder.heads.values():
+        head.register_forward_hook(lambda *_: embedded.append(None))
+    assert draw_step(model, batch(["ita"] * 2), seed=0) is not None
+    assert not compiled
+    assert not embedded
+    model(batch(["ita"] * 2), seed=0)
+    assert compiled
+    assert embedded
 
 
 def test_where_no_values_are_predicted_there_is_no_picture() -> None:

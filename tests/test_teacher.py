@@ -275,6 +275,28 @@ def test_centres_and_prototypes_are_running_means() -> None:
     assert target.sums is None
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_does_not_move_centres(bad: float) -> None:
+    """Neither for good nor for this step: samples beside it count."""
+    fine, spoilt = batch(["ita"] * 4).split(2)
+    expected = pretraining("kl")
+    expected(fine, seed=0)
+    expected.after_step(0.0)
+    model = pretraining("kl")
+    target = region_of(model).target
+    with torch.no_grad():
+        spoilt.fields["image"].x[:, 0, 0, 0] = bad
+    model(fine, seed=0)
+    model(spoilt, seed=0)
+    model.after_step(0.0)
+    assert target.centres.any()
+    assert torch.equal(target.centres, region_of(expected).target.centres)
+    centres = target.centres.clone()
+    model(spoilt, seed=0)
+    model.after_step(0.0)
+    assert torch.equal(target.centres, centres)
+
+
 def centre_of_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -1,5 +1,7 @@
 """What the trainer promises beside the losses: rates, averages, checkpoints, resuming, looks, trackers."""
 
+import concurrent.futures
+import errno
 import json
 import math
 import os
@@ -27,12 +29,13 @@ from data.text import load_tokenizer
 from eval.monitor import Monitor
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import Loss, ObjectivesConfig, Pretraining
-from pretrain.checkpoint import CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder
+from pretrain.checkpoint import RETRIES, CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config
-from pretrain.engine import Stopped, set_up
+from pretrain.engine import Stopped, claimed, set_up, share_model, start_accelerator
 from pretrain.export import export
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import TrainingError, learning_rate, make_optimizer, set_learning_rate
+from pretrain.run import rehearsal
 from tests.test_trackers import Fake, install
 from tests.tiny import tiny_config, tiny_encoder, tiny_tokenizer
 
@@ -196,16 +199,22 @@ class Averaged(NamedTuple):
 
     def by_hand(self, steps: int) -> dict[str, Tensor]:
         average = {name: tensor.double() for name, tensor in self.began.items()}
-        for weights in self.weights[:steps]:
-            average = {name: 0.7 * tensor + 0.3 * weights[name].double() for name, tensor in average.items()}
+        for step, weights in enumerate(self.weights[:steps], 1):
+            average = averaged_by_hand(average, weights, step)
         return average
+
+
+def averaged_by_hand(average: dict[str, Tensor], weights: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """Of step 1, 2 and 3 the share that is kept is 1/10, 2/11 and 3/12, then it is ``train.ema``."""
+    share = min(0.3, step / (step + 9))
+    return {name: share * tensor + (1 - share) * weights[name].double() for name, tensor in average.items()}
 
 
 def copied(encoder: Encoder) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
 
 
-EMA = ("train.ema=0.7", "eval.monitor.every=4", "eval.monitor.max_share=1.0")
+EMA = ("train.ema=0.3", "eval.monitor.every=4", "eval.monitor.max_share=1.0")
 
 
 @pytest.fixture(scope="module")
@@ -275,11 +284,11 @@ def test_average_and_weights_go_on_to_the_bit(
 
 def test_an_average_can_begin_and_end_on_the_way(averaged: Averaged, whole: Path, tmp_path: Path) -> None:
     """What is trained goes on as it was, whether or not the checkpoint, or the run, has an average."""
-    begun = train(tmp_path / "begun", "train.ema=0.7", f"resume={at(whole, 4)}")
+    begun = train(tmp_path / "begun", "train.ema=0.3", f"resume={at(whole, 4)}")
     assert (begun / "trained.safetensors").read_bytes() == (at(whole, STEPS) / STATE[0]).read_bytes()
     average = {name: tensor.double() for name, tensor in load_encoder(at(whole, 4)).encoder.state_dict().items()}
-    for weights in averaged.weights[4:]:
-        average = {name: 0.7 * tensor + 0.3 * weights[name].double() for name, tensor in average.items()}
+    for step, weights in enumerate(averaged.weights[4:], 5):
+        average = averaged_by_hand(average, weights, step)
     for name, tensor in load_encoder(begun).encoder.state_dict().items():
         torch.testing.assert_close(tensor.double(), average[name], rtol=1e-5, atol=1e-6)
     ended = train(tmp_path / "ended", f"resume={at(averaged.folder, 4)}")
@@ -303,12 +312,23 @@ class Saved:
         self.optimizer.step()
         self.counters: dict[str, Any] = {"bad_steps": 1}
         self.stream: dict[str, Any] = {"step": 7}
-        self.checkpoints = Checkpoints(folder, keep, keep_every)
+        self.warned: list[str] = []
+        self.checkpoints = Checkpoints(folder, keep, keep_every, self.warned.append)
 
-    def save(self, step: int) -> None:
-        self.checkpoints.save(
-            step, self.model, self.optimizer, self.tokenizer, self.stream, {}, self.counters, self.model.encoder
+    def save(self, step: int, wait: bool = True) -> bool:
+        model, optimizer = self.model, self.optimizer
+        return self.checkpoints.save(
+            step, model, optimizer, self.tokenizer, self.stream, {}, self.counters, model.encoder, wait=wait
         )
+
+    def finish(self) -> None:
+        """Until nothing is being written, without asking what has become of it."""
+        assert self.checkpoints._writing is not None
+        concurrent.futures.wait([self.checkpoints._writing])
+
+    def finish_and_look(self) -> CheckpointError | None:
+        self.finish()
+        return self.checkpoints.look()
 
     def tensors(self) -> dict[str, Tensor]:
         moments = {
@@ -374,31 +394,112 @@ def test_what_is_saved_is_what_was_there_at_the_call(saved: Saved, gate: threadi
     assert json.loads((checkpoint / "stream.json").read_text()) == {"step": 7}
 
 
-def test_an_error_on_the_thread_comes_with_the_next_save_or_at_the_end(
+def test_an_ordinary_save_leaves_the_one_before_its_time(saved: Saved, gate: threading.Event) -> None:
+    assert saved.save(2, wait=False)
+    begun = time.monotonic()
+    assert not saved.save(4, wait=False)
+    assert saved.checkpoints.look() is None
+    assert time.monotonic() - begun < 5  # the gate would be waited for 30 s
+    gate.set()
+    assert saved.finish_and_look() is None
+    assert saved.save(6, wait=False)
+    assert saved.checkpoints.wait() == saved.folder / "step-00000006"
+    assert saved.names() == ["last", "step-00000002", "step-00000006"]
+    assert saved.warned == []
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def test_a_failed_write_is_told_by_the_next_look_and_once(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.checkpoint.save_file", full)
+        saved.save(2, wait=False)
+        error = saved.finish_and_look()
+        assert "step-00000002 could not be written ([Errno 28] no space left on device); there is none" in str(error)
+        assert saved.checkpoints.look() is None
+        saved.save(3, wait=False)
+        with pytest.raises(CheckpointError, match=r"step-00000003 could not be written"):
+            saved.checkpoints.wait()
+        assert saved.checkpoints.wait() is None
+    assert saved.save(4, wait=False)
+    assert saved.checkpoints.wait() == saved.folder / "step-00000004"
+    assert (saved.names(), saved.warned) == (["last", "step-00000004"], [])
+
+
+def test_a_failed_write_that_nobody_looked_at_does_not_stop_the_next(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr("pretrain.checkpoint.save_file", full)
         saved.save(2)
-        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written \(no space.*none before it"):
-            saved.save(4)
-        saved.save(6)
-        with pytest.raises(CheckpointError, match=r"step-00000006 could not be written"):
-            saved.checkpoints.wait()
-    saved.save(8)  # it was told once
-    saved.checkpoints.wait()
-    assert saved.names() == ["last", "step-00000008"]
+        saved.finish()
+    assert saved.save(4)
+    assert [message.partition(" could not")[0] for message in saved.warned] == [str(saved.folder / "step-00000002")]
+    assert saved.checkpoints.wait() == saved.folder / "step-00000004"
+
+
+def test_failures_in_a_row_end_the_run(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step: int) -> CheckpointError | None:
+        with monkeypatch.context() as patch:
+            patch.setattr("pretrain.checkpoint.save_file", full)
+            saved.save(step)
+            return saved.finish_and_look()
+
+    for step in range(1, RETRIES):
+        assert fail(step) is not None
+    saved.save(RETRIES)
+    assert saved.finish_and_look() is None  # which ends the row
+    for step in range(RETRIES + 1, 2 * RETRIES):
+        assert fail(step) is not None
+    with pytest.raises(CheckpointError, match=rf"step-{2 * RETRIES:08d} could .* newest one is .*step-{RETRIES:08d}$"):
+        fail(2 * RETRIES)
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.checkpoint.save_file", full)
+        saved.save(7)
+        saved.finish()
+        with pytest.raises(CheckpointError, match="step-00000007"):
+            saved.save(8, wait=False)
+        saved.save(9)
+        saved.finish()
+    assert saved.save(10, wait=True)  # the last one is tried all the same
+    assert saved.checkpoints.wait() == saved.folder / "step-00000010"
+
+
+def test_the_end_of_the_run_does_not_hide_a_failed_write(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.checkpoint.save_file", full)
+    with pytest.raises(PowerCutError) as error, saved.checkpoints:
+        saved.save(2)
+        raise PowerCutError
+    assert len(error.value.__notes__) == 1
+    assert "step-00000002 could not be written ([Errno 28]" in error.value.__notes__[0]
+    other = Saved(saved.folder / "other")
+    with pytest.raises(CheckpointError, match="step-00000004 could not be written"), other.checkpoints:
+        other.save(4)
+    peaceful = Saved(saved.folder / "peaceful")
+    with pytest.raises(PowerCutError) as error, peaceful.checkpoints:
+        raise PowerCutError
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_waiting_that_is_interrupted_loses_no_failure(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: concurrent.futures.Future[Path], *_: object) -> None:
+        patch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.checkpoint.save_file", full)
+    with pytest.raises(KeyboardInterrupt) as error, pytest.MonkeyPatch.context() as patch, saved.checkpoints:
+        saved.save(2)
+        for method in ("result", "exception"):
+            patch.setattr(concurrent.futures.Future, method, interrupted)
+        saved.checkpoints.wait()
+    assert "step-00000002 could not be written" in error.value.__notes__[0]
 
 
 def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
     monkeypatch.setattr("pretrain.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match=r"step-00000006 could not be written \(no space"):
+    with pytest.raises(CheckpointError, match=r"step-00000006 could not be written \(.*no space"):
         train(tmp_path, "train.save_every=100")
 
 
@@ -455,8 +556,10 @@ def test_a_checkpoint_that_is_removed_loses_its_name_first(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("pretrain.checkpoint.shutil.rmtree", interrupted)
         saved.save(4)
-        with pytest.raises(CheckpointError, match="interrupted"):
-            saved.checkpoints.wait()
+        assert saved.checkpoints.wait() == tmp_path / "step-00000004"
+    assert [message.partition("; ")[0] for message in saved.warned] == [
+        f"{tmp_path}/step-00000002.old.partial could not be removed (interrupted)"
+    ]
     assert [path for path in tmp_path.glob("step-????????") if not (path / "state.json").exists()] == []
     assert (tmp_path / "last").resolve().name == "step-00000004"
     saved.save(6)
@@ -534,7 +637,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match=r"no run \(thesis\.tex\): choose another `out`"):
         train(tmp_path)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "thesis.tex"]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
@@ -544,13 +647,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
         patch.setattr(pretrain.engine, "to_yaml", cut_short)
         with pytest.raises(PowerCutError):
             train(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "tokenizer"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints", "tokenizer"]
     (tmp_path / "run" / "checkpoints" / "step-00000002.partial").mkdir()
     with monkeypatch.context() as patch:  # between two files
         patch.setattr(pretrain.engine, "version", cut_short)
         with pytest.raises(PowerCutError):
             pretrain.engine.pretrain(config_of(tmp_path), given="train: {}\n")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir())[1:] == ["config.yaml", "given.yaml", "tokenizer"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir())[2:] == ["config.yaml", "given.yaml", "tokenizer"]
     with monkeypatch.context() as patch:  # and after its first lines
         each_step(patch, cut_at(4))
         with pytest.raises(PowerCutError):
@@ -697,3 +800,35 @@ def test_bad_steps_before_a_checkpoint_count_after_it(tmp_path: Path, monkeypatc
             train(tmp_path, "train.max_bad_steps=1")
     with pytest.raises(TrainingError, match=r"step 5: .* 2 steps left out so far.* more than train\.max_bad_steps=1"):
         train(tmp_path, "train.max_bad_steps=1")
+
+
+# Several runs, several ranks
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.steps=1")
+    accelerator = start_accelerator(config)
+    with (
+        claimed(Path(config.out), accelerator),
+        pytest.raises(ConfigError, match=rf"work there \(process {os.getpid()} "),
+    ):
+        pretrain.engine.pretrain(config)
+    pretrain.engine.pretrain(config)  # it was given back
+
+
+def test_a_rehearsal_does_not_stand_in_the_way_of_the_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.steps=1", "eval.label=null")
+    pretrain.engine.pretrain(rehearsal(config))
+    assert find_last(tmp_path / "run" / "dry_run" / "checkpoints") is not None
+    pretrain.engine.pretrain(config)
+
+
+def test_data_parallelism_leaves_the_places_of_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a device it would move what says which rows are whose there, too."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(pretrain.engine, "DistributedDataParallel", lambda _, **given: made.append(given))
+    model = Pretraining(tiny_encoder(tiny_tokenizer()), ObjectivesConfig())
+    assert share_model(model, 1) is model
+    share_model(model, 2)
+    assert len(made) == 1
+    assert "device_ids" not in made[0]

@@ -169,8 +169,13 @@ class Encoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block; what is saved and exported stays as it is."""
+        # Blocks have their graphs in common: one per set of modalities, and one per modality for a last block that
+        # makes first tokens alone. Each of these is there for a single sample, for the shape that came first and for
+        # others, with gradients and without: 60 for three modalities, and more where several lengths vary. Past its
+        # limit, 8 unless told, torch runs what is new uncompiled.
+        limit = 16 * 2 ** len(self.views.used)
         for block in self.blocks:
-            block.compile()
+            block.compile(recompile_limit=limit)
 
     def encode(self, modality: str, field: Field, keep: Tensor | None = None) -> Tensor:
         """One modality alone: states (n, N, D)."""
