@@ -115,6 +115,7 @@ class Task(NamedTuple):
 DIGIT_SCORES = ("linear/image", "linear/audio", "zeroshot/image", "zeroshot/audio")
 TASKS = {
     "digits": Task(DIGITS, "digits", "real-train-*.tar", "real-val-*.tar", DIGIT_SCORES),
+    "digits, 100 pairs": Task(DIGITS, "digits", "real-train-*.tar", "real-val-*.tar", DIGIT_SCORES, 100),
     "digits, 400 pairs": Task(DIGITS, "digits", "real-train-*.tar", "real-val-*.tar", DIGIT_SCORES, 400),
     "clipart": Task(CLIPART, "clipart", "clipart-train-*.tar", "clipart-val-*.tar", ("linear/image",)),
 }

@@ -291,7 +291,7 @@ def checkpoint_stall(config: Config, saves: int) -> Stall:
 
     def save_and_wait() -> None:
         begun = stream.clock()
-        save(run, aside)
+        save(run, aside, wait=True)
         copied = stream.clock()
         aside.wait()
         copying.append(copied - begun)

@@ -55,8 +55,8 @@ class TrainConfig:
     layer_decay: float = 1.0
     """Factor on the learning rate for each layer that is further from the encoder's end; below 1 for init_from."""
     ema: float | None = None
-    """Share of itself that an average of the encoder's weights keeps at a step, such as 0.9999, less at first; evaluation
-    and export then use the average. null: there is none."""
+    """Share of itself that an average of the encoder's weights keeps at a step, such as 0.9999, less at first; the
+    average is then what evaluation and export use. null: there is none."""
     clip_norm: float = 1.0
     """Largest norm of the gradient over all parameters."""
     precision: str = "auto"
@@ -160,7 +160,7 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: allowed is 0 to 2**32 - 1")
         if not self.resume:
-            raise ValueError("resume is empty: allowed are auto, none, or the path of a checkpoint or run")
+            raise ValueError("resume=: allowed are auto, none, or the path of a checkpoint or run")
         if not self.data.train:
             raise ValueError("data.train is empty: name the training shards")
         if self.eval.label is not None and not (self.data.val and self.data.test):

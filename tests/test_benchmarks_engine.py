@@ -87,9 +87,9 @@ def test_a_run_is_resumed_where_it_was_put(tmp_path: Path, monkeypatch: pytest.M
 def test_a_save_that_holds_up_the_loop_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpoints.save
 
-    def slow(self: Checkpoints, *arguments: Any) -> None:
+    def slow(self: Checkpoints, *arguments: Any, **named: Any) -> bool:
         time.sleep(0.4)
-        save(self, *arguments)
+        return save(self, *arguments, **named)
 
     monkeypatch.setattr(Checkpoints, "save", slow)
     monkeypatch.setattr(engine, "ROOM", 0.3)
