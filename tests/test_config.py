@@ -112,7 +112,6 @@ def test_a_wrong_type_names_its_key(override: str, key: str, value: str) -> None
     [
         ("seed=-1", "0 to 2**32 - 1"),
         ("seed=4294967296", "0 to 2**32 - 1"),
-        ("resume=", "auto, none"),
         ("data.embedded=mnist", "digits, null"),
         ("data.batching=both", "mixed, homogeneous"),
         ("data.lanes=0", "1 or more"),
@@ -572,3 +571,7 @@ def test_what_was_given_is_a_recipe_of_the_same_run(tmp_path: Path, overrides: l
     shown = [override for override in overrides if override.isprintable()]
     assert all(f"# {override}\n" in text for override in shown)
     assert "learning_rate" not in text  # a default, which nobody gave
+
+
+def test_an_empty_place_to_resume_from_is_refused() -> None:
+    assert refusal("resume=''").startswith("resume=: allowed are auto, none, or the path of a checkpoint or run")
