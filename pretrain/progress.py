@@ -228,6 +228,8 @@ class Progress:
         parts += [f"{name} {value:.3g}" for name, value in line.items() if not _hidden(name, value)]
         prefix = "samples_per_second/"
         each = [f"{name.removeprefix(prefix)} {line[name]:.0f}" for name in line if name.startswith(prefix)]
+        if all(line[name] == line["samples_per_second"] for name in line if name.startswith(prefix)):
+            each = []  # every sample has every modality
         parts.append(f"{line['samples_per_second']:.0f} samples/s" + (f" ({', '.join(each)})" if each else ""))
         parts.append(f"data wait {line['data_wait']:.0%}")
         if "memory_gb" in line:
