@@ -627,7 +627,7 @@ def run_aside(error: Path, arguments: tuple[Any, ...]) -> None:
 def test_workers_end_with_a_killed_parent_and_on_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
     source = tmp_path / "rows.jsonl"
     with source.open("w") as file:
-        file.writelines(json.dumps({"text": f"text {number}"}) + "\n" for number in range(60_000))
+        file.writelines(json.dumps({"text": f"text {number}"}) + "\n" for number in range(200_000))
     out, error = tmp_path / "out", tmp_path / "error"
     arguments = ("--from", source, "--out", out, "--shard-size", "1MB", "--workers", 2)
     process = get_context("fork").Process(target=run_aside, args=(error, arguments))
