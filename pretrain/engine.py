@@ -244,7 +244,8 @@ def train(run: Run) -> Path:
             progress.update(values, rows, last=saving)  # none of what a checkpoint has behind it may lack a line
             if due:
                 report_bad_steps(run)
-            if monitor is not None and monitor.due(run.step, time.perf_counter() - begun):
+            # Who is asked to stop has no time for a look.
+            if monitor is not None and asked is None and monitor.due(run.step, time.perf_counter() - begun):
                 with progress.aside():
                     progress.evaluated(monitor.look(run.encoder))
             if saving:
