@@ -143,10 +143,12 @@ class Together(NamedTuple):
     """What a micro-batch must know of the others of its step.
 
     Attributes:
+        joint: what its joint passes are going to see, drawn already to be counted.
         counts: as in ``Passes``.
         contrast: its part of what they have in common; None: it is contrasted alone.
     """
 
+    joint: list[JointInput]
     counts: dict[str, Tensor]
     contrast: Contrast | None
 
@@ -194,7 +196,7 @@ class Pretraining(nn.Module):
             together: of a micro-batch, what `together` made of all; the mean is then over micro-batches, too.
         """
         active = self.active(progress)
-        joint = self.joint_inputs(batch, seed, active)
+        joint = self.joint_inputs(batch, seed, active) if together is None else together.joint
         counts = self._counts([joint], active) if together is None else together.counts
         passes = self.passes(batch, seed, whole, active, joint)._replace(counts=counts)
 
@@ -243,11 +245,12 @@ class Pretraining(nn.Module):
             for each of them what ``forward`` takes. The mean of their losses has the gradients of the whole.
         """
         active = self.active(progress)
-        counts = self._counts([self.joint_inputs(batch, seed, active) for batch in batches], active)
+        joints = [self.joint_inputs(batch, seed, active) for batch in batches]
+        counts = self._counts(joints, active)
         contrasts: Sequence[Contrast | None] = [None] * len(batches)
         if "contrastive" in active and self.config.contrastive.cached:
             contrasts = self._contrast(batches, seed, whole)
-        return [Together(counts, contrast) for contrast in contrasts]
+        return [Together(joint, counts, contrast) for joint, contrast in zip(joints, contrasts, strict=True)]
 
     def _contrast(self, batches: Sequence[Batch], seed: int, whole: bool) -> list[Contrast]:
         objective = self.objectives["contrastive"]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,6 @@ from data.errors import UserError
 from objectives.pretraining import Pretraining
 from pretrain.config import TrainConfig
 
-SCHEDULES = ("cosine", "constant")
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
@@ -125,7 +124,7 @@ class BadSteps:
         return found
 
 
-class BadStep:
+class BadStep(NamedTuple):
     """A step that was left out.
 
     Attributes:
@@ -134,8 +133,9 @@ class BadStep:
         keys: of this rank's samples.
     """
 
-    def __init__(self, step: int, terms: list[str], keys: list[str]) -> None:
-        self.step, self.terms, self.keys = step, terms, keys
+    step: int
+    terms: list[str]
+    keys: list[str]
 
 
 class TrainingError(UserError):

@@ -68,8 +68,8 @@ def _collapsed(
 def _dominated(metrics: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> Iterator[str]:
     pulls = _last_means(metrics, "trunk_norm/")
     if len(pulls) > 1:
-        name = max(pulls, key=pulls.__getitem__)
-        if (share := pulls[name] / (sum(pulls.values()) or 1)) > MAX_PULL_SHARE:
+        name, share = _largest(pulls)
+        if share > MAX_PULL_SHARE:
             yield (
                 f"{name} decides alone what the trunk learns: it has {share:.0%} of all the losses' pull at it "
                 "(trunk_norm/ in metrics.jsonl). Lower the weight of its objective, or raise that of the others"
@@ -78,12 +78,18 @@ def _dominated(metrics: Sequence[Mapping[str, Any]], weights: Mapping[str, float
     means = _last_means(metrics, "")
     losses = {name: abs(weight * means[name]) for name, weight in weights.items() if weight and name in means}
     if len(losses) > 1:
-        name = max(losses, key=losses.__getitem__)
-        if (share := losses[name] / (sum(losses.values()) or 1)) > MAX_LOSS_SHARE:
+        name, share = _largest(losses)
+        if share > MAX_LOSS_SHARE:
             yield (
                 f"{name} is {share:.0%} of the weighted loss, which may leave little to the others. "
                 "train.gradients_every=100 shows how strongly each pulls at the trunk; their weights can be changed"
             )
+
+
+def _largest(values: Mapping[str, float]) -> tuple[str, float]:
+    """The name of the largest value, and its share of their sum."""
+    name = max(values, key=values.__getitem__)
+    return name, values[name] / (sum(values.values()) or 1)
 
 
 def _not_finite(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
