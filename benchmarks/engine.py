@@ -54,9 +54,10 @@ from data.transforms import OnDevice
 from objectives.pretraining import Pretraining
 from pretrain.checkpoint import Checkpoints, find_last
 from pretrain.config import Config, load_config
-from pretrain.engine import Run, pretrain, save, set_up, start_accelerator, step_seed, train, vocabulary_of
+from pretrain.engine import pretrain, save, step_seed, train
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import make_optimizer
+from pretrain.start import Run, set_up, start_accelerator, vocabulary_of
 
 # The rate of learning stays, as that of the bare loop does.
 RECIPE = """

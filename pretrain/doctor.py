@@ -39,8 +39,9 @@ from data.source import Source
 from data.stream import DataConfig, Stream, open_cache, open_train
 from data.transforms import OnDevice
 from pretrain.config import Config, TrainConfig
-from pretrain.engine import Run, available_cpus, fast_in_bf16, follow, go_backward, set_up, step_seed
+from pretrain.engine import follow, go_backward, step_seed
 from pretrain.progress import duration
+from pretrain.start import Run, available_cpus, fast_in_bf16, set_up
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SHOWN = 10  # unreadable shards of a split that are named

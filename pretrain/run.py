@@ -30,11 +30,12 @@ from eval.run import about, evaluate, read_labels
 from pretrain.checkpoint import load_encoder
 from pretrain.config import Config, find_recipe, given_yaml, load_config
 from pretrain.doctor import examine
-from pretrain.engine import Stopped, pretrain, start_accelerator
+from pretrain.engine import Stopped, pretrain
 from pretrain.explain import commented_yaml, explain
 from pretrain.export import export
 from pretrain.model.encoder import Encoder
 from pretrain.ranks import first_alone
+from pretrain.start import start_accelerator
 from pretrain.summary import previous_results, results_table, warnings_of
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "digits.yaml"

@@ -23,8 +23,9 @@ from data.stream import SourceConfig
 from pretrain import doctor
 from pretrain.config import Config, TrainConfig
 from pretrain.doctor import FAIL, OK, WARN, DoctorError, Line, examine
-from pretrain.engine import Run, go_backward, set_up, start_accelerator
+from pretrain.engine import go_backward
 from pretrain.model.layers import attention
+from pretrain.start import Run, set_up, start_accelerator
 from tests.samples import free_port, members, write_source
 from tests.tiny import COUNTS, tiny_config
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pretrain.engine
+import pretrain.start
 from data.index import index_path, load_index
 from data.shards import write_shards
 from data.skips import StreamError
@@ -21,11 +22,12 @@ from data.stream import SourceConfig
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
-from pretrain.engine import drop_later_metrics, start_accelerator, step_seed
+from pretrain.engine import step_seed
 from pretrain.export import export
 from pretrain.optimizer import TrainingError, learning_rate, make_optimizer
 from pretrain.progress import Progress
 from pretrain.run import skipped_samples
+from pretrain.start import drop_later_metrics, start_accelerator
 from tests.tiny import BATCH_SIZE, COUNTS, STEPS, tiny_config, tiny_encoder, tiny_tokenizer, tiny_trained_state
 
 
@@ -418,7 +420,7 @@ def test_the_threads_are_those_asked_for_or_shared_by_the_processes_of_a_machine
 ) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(pretrain.engine, "available_cpus", lambda: 7)
+    monkeypatch.setattr(pretrain.start, "available_cpus", lambda: 7)
     start_accelerator(tiny_config(tmp_path, "train.threads=3"))
     start_accelerator(tiny_config(tmp_path, "train.threads=null"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -440,8 +442,8 @@ def test_auto_takes_bf16_where_it_is_fast(
             asked.append(mixed_precision)
             self.device = torch.device("cpu")
 
-    monkeypatch.setattr(pretrain.engine, "Accelerator", Recorded)
-    monkeypatch.setattr(pretrain.engine, "fast_in_bf16", lambda device: fast)
+    monkeypatch.setattr(pretrain.start, "Accelerator", Recorded)
+    monkeypatch.setattr(pretrain.start, "fast_in_bf16", lambda device: fast)
     for precision in ("auto", "fp32", "bf16"):
         start_accelerator(tiny_config(tmp_path, f"train.precision={precision}", "train.threads=1"))
     assert asked == [mixed, "no", "bf16"]

@@ -21,7 +21,7 @@ from data.errors import UserError
 from data.stream import DataConfig, SourceConfig, Stream, open_train
 from data.transforms import AudioView, ImageView, TextView, Views
 from pretrain.config import load_config
-from pretrain.engine import modalities_of
+from pretrain.start import modalities_of
 from tests.samples import encode_image, encode_sound, members, noise, noise_image, tokenizer
 from tests.tiny import write_recipe
 

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.utils import DistributedType
 
 from pretrain.config import Config
-from pretrain.engine import start_accelerator
+from pretrain.start import start_accelerator
 from tests.tiny import tiny_config
 
 FOLDER = Path(__file__).parents[1] / "docs" / "launch"

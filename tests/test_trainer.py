@@ -25,17 +25,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pretrain.engine
+import pretrain.start
 from data.text import load_tokenizer
 from eval.monitor import Monitor
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import Loss, ObjectivesConfig, Pretraining
 from pretrain.checkpoint import RETRIES, CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config
-from pretrain.engine import Stopped, claimed, set_up, share_model, start_accelerator
+from pretrain.engine import Stopped
 from pretrain.export import export
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import TrainingError, learning_rate, make_optimizer, set_learning_rate
 from pretrain.run import rehearsal
+from pretrain.start import claimed, set_up, share_model, start_accelerator
 from tests.test_trackers import Fake, install
 from tests.tiny import tiny_config, tiny_encoder, tiny_tokenizer
 
@@ -644,13 +646,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # in the very beginning
-        patch.setattr(pretrain.engine, "to_yaml", cut_short)
+        patch.setattr(pretrain.start, "to_yaml", cut_short)
         with pytest.raises(PowerCutError):
             train(tmp_path)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints", "tokenizer"]
     (tmp_path / "run" / "checkpoints" / "step-00000002.partial").mkdir()
     with monkeypatch.context() as patch:  # between two files
-        patch.setattr(pretrain.engine, "version", cut_short)
+        patch.setattr(pretrain.start, "version", cut_short)
         with pytest.raises(PowerCutError):
             pretrain.engine.pretrain(config_of(tmp_path), given="train: {}\n")
     assert sorted(path.name for path in (tmp_path / "run").iterdir())[2:] == ["config.yaml", "given.yaml", "tokenizer"]
@@ -826,7 +828,7 @@ def test_a_rehearsal_does_not_stand_in_the_way_of_the_run(tmp_path: Path) -> Non
 def test_data_parallelism_leaves_the_places_of_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a device it would move what says which rows are whose there, too."""
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(pretrain.engine, "DistributedDataParallel", lambda _, **given: made.append(given))
+    monkeypatch.setattr(pretrain.start, "DistributedDataParallel", lambda _, **given: made.append(given))
     model = Pretraining(tiny_encoder(tiny_tokenizer()), ObjectivesConfig())
     assert share_model(model, 1) is model
     share_model(model, 2)
