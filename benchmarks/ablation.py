@@ -43,6 +43,7 @@ from pretrain.engine import pretrain
 
 # Variant -> settings that differ from the task's recipe.
 ONLY_CONTRASTIVE = ["objectives.masked_language.weight=0", "objectives.masked_region.weight=0"]
+FADING = ["objectives.masked_language.weight_end=0", "objectives.masked_region.weight_end=0"]
 VARIANTS: dict[str, list[str]] = {
     "contrastive": ONLY_CONTRASTIVE,
     "contrastive + language": ["objectives.masked_region.weight=0"],
@@ -53,6 +54,8 @@ VARIANTS: dict[str, list[str]] = {
     "all, sharing ffn": ["model.sharing=ffn"],
     "all, sharing none": ["model.sharing=none"],
     "all, more joint passes": ["objectives.joint_share=0.25"],
+    "all, fading": FADING,
+    "all, sharing ffn, fading": ["model.sharing=ffn", *FADING],
     "contrastive, sharing ffn": [*ONLY_CONTRASTIVE, "model.sharing=ffn"],
     "contrastive, sharing none": [*ONLY_CONTRASTIVE, "model.sharing=none"],
 }
