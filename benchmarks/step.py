@@ -32,7 +32,7 @@ from data.transforms import ImageView, TextView, Views
 from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
-from objectives.pretraining import KeepConfig, ObjectivesConfig, Pretraining
+from objectives.pretraining import ObjectivesConfig, Pretraining, UnimodalKeepConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import ModelConfig, Vocabulary
 
@@ -84,7 +84,7 @@ def contrastive_only(keep: float) -> ObjectivesConfig:
         masked_language=MaskedLanguageConfig(weight=0),
         masked_region=MaskedRegionConfig(weight=0),
         contrastive=ContrastiveConfig(),
-        keep=KeepConfig(image=keep),
+        keep=UnimodalKeepConfig(image=keep),
     )
 
 

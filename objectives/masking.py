@@ -47,6 +47,22 @@ def split_patches(seeds: Tensor, grid: tuple[int, int], keep: float, kind: str =
     return PatchSplit(order[:, :kept], order[:, kept:])
 
 
+def keep_tokens(seeds: Tensor, valid: Tensor, most: int) -> Tensor:
+    """At most so many tokens of each text, the first one among them; the others at random (FLIP, Li et al. 2023).
+
+    Args:
+        seeds: (n,) int64, one per text; what is kept depends on it and on the text's own length alone.
+        valid: (n, L) bool, False for padding.
+        most: how many to keep, 1 .. L. A text that has no more keeps them all.
+
+    Returns:
+        (n, most) int64, ascending; places of padding where a text has fewer tokens.
+    """
+    order = uniforms(seeds, 0, valid.shape[1]).masked_fill(~valid, 2)
+    order[:, 0] = -1
+    return order.argsort(dim=1)[:, :most].sort(dim=1).values
+
+
 def _block(seeds: Tensor, grid: tuple[int, int], hidden: int) -> Tensor:
     """(n, rows, columns): distance from the centre of a random rectangle of ``hidden`` patches, in its sides.
 

@@ -18,7 +18,7 @@ from objectives.contrastive import Contrastive, ContrastiveConfig, embedding_gra
 from objectives.gather import world_size
 from objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from objectives.masked_region import MaskedRegion, MaskedRegionConfig
-from objectives.masking import MASKS, mask_tokens, split_patches
+from objectives.masking import MASKS, keep_tokens, mask_tokens, split_patches
 from objectives.passes import JointInput, JointPass, Passes
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
@@ -45,6 +45,14 @@ class KeepConfig:
 
 
 @dataclass
+class UnimodalKeepConfig(KeepConfig):
+    """Share of its input that the unimodal pass sees."""
+
+    text: float = 1.0
+    """Of data.views.text.max_tokens: a text with more tokens keeps its first one and others at random."""
+
+
+@dataclass
 class MaskConfig:
     """Which of its patches are hidden, per modality made of patches."""
 
@@ -64,7 +72,7 @@ class ObjectivesConfig:
     """Masked-language loss, on the joint pass."""
     masked_region: MaskedRegionConfig = field(default_factory=MaskedRegionConfig)
     """Masked-region losses of image and audio, on the joint pass."""
-    keep: KeepConfig = field(default_factory=lambda: KeepConfig(image=0.5, audio=0.25))
+    keep: UnimodalKeepConfig = field(default_factory=lambda: UnimodalKeepConfig(image=0.5, audio=0.25))
     """What the unimodal pass sees."""
     joint_keep: KeepConfig = field(default_factory=lambda: KeepConfig(image=0.25, audio=0.2))
     """What the joint pass sees; the other patches are predicted."""
@@ -337,14 +345,21 @@ class Pretraining(nn.Module):
     def _unimodal(self, batch: Batch, seeds: Tensor, whole: bool) -> dict[str, Field]:
         embeddings = {}
         for name, inputs in batch.fields.items():
-            keep = None
-            tokenizer = self.encoder.tokenizers[name]
-            if isinstance(tokenizer, PatchTokenizer) and not whole:
-                share = getattr(self.config.keep, name)
-                keep = split_patches(fork(_of(inputs, seeds), f"keep {name}"), tokenizer.grid, share).visible
+            keep = None if whole else self._kept(name, inputs, fork(_of(inputs, seeds), f"keep {name}"))
             features = self.encoder.features(name, inputs, keep)
             embeddings[name] = Field(self.encoder.project(name, features), inputs.rows)
         return embeddings
+
+    def _kept(self, name: str, inputs: Field, seeds: Tensor) -> Tensor | None:
+        """(n, K) int64, what the unimodal pass sees of a modality; None: all of it."""
+        tokenizer, share = self.encoder.tokenizers[name], getattr(self.config.keep, name)
+        if isinstance(tokenizer, PatchTokenizer):
+            return split_patches(seeds, tokenizer.grid, share).visible
+        most = max(1, round(share * tokenizer.max_tokens))
+        if most >= inputs.x.shape[1]:
+            return None
+        valid = torch.ones_like(inputs.x, dtype=torch.bool) if inputs.valid is None else inputs.valid
+        return keep_tokens(seeds, valid, most)
 
     def _hide(self, inputs: dict[str, Field], seeds: Tensor, hide_text: bool) -> JointInput:
         splits = {}

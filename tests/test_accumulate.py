@@ -11,7 +11,7 @@ from data.batch import Batch
 from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
-from objectives.pretraining import KeepConfig, Loss, ObjectivesConfig, Pretraining
+from objectives.pretraining import Loss, ObjectivesConfig, Pretraining, UnimodalKeepConfig
 from pretrain.engine import go_backward
 from tests.samples import VIEWS, batch, encoder
 
@@ -25,7 +25,7 @@ def config(loss: str = "info_nce", cached: bool = True, masked: float = 0.0) -> 
         contrastive=ContrastiveConfig(weight=0.7, loss=loss, cached=cached),
         masked_language=MaskedLanguageConfig(weight=masked),
         masked_region=MaskedRegionConfig(weight=masked),
-        keep=KeepConfig(image=0.5, audio=0.5),
+        keep=UnimodalKeepConfig(image=0.5, audio=0.5, text=0.4),
         joint_share=0.5,
     )
 

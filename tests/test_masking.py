@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data.draws import fork, uniforms
 from data.text import continues_word, train_tokenizer
-from objectives.masking import MASKS, mask_tokens, split_patches
+from objectives.masking import MASKS, keep_tokens, mask_tokens, split_patches
 from tests.samples import CAPTIONS
 
 KINDS = MASKS["audio"]  # all there are
@@ -28,6 +28,31 @@ def hidden_patches(n: int, grid: tuple[int, int], keep: float, kind: str, seed: 
     split = split_patches(seeds(n, seed), grid, keep, kind)
     hidden = torch.zeros(n, grid[0] * grid[1], dtype=torch.bool).scatter(1, split.hidden, True)
     return hidden.view(n, *grid)
+
+
+# Kept tokens
+
+
+def test_tokens_are_kept_at_random_and_the_first_always() -> None:
+    lengths = torch.tensor([9, 5, 3]).repeat(20_000)
+    valid = torch.arange(9) < lengths[:, None]
+    kept = keep_tokens(seeds(len(valid)), valid, 4)
+    assert kept.shape == (60_000, 4)
+    assert (kept.diff(dim=1) > 0).all()
+    assert (kept[:, 0] == 0).all()
+    assert (valid.gather(1, kept).sum(1) == lengths.clamp(max=4)).all()  # padding only where there is nothing else
+    for first, length, share in ((0, 9, 3 / 8), (1, 5, 3 / 4)):
+        times = kept[first::3].flatten().bincount(minlength=9) / 20_000
+        torch.testing.assert_close(times[1:length], torch.full((length - 1,), share), atol=0.015, rtol=0)
+        assert not times[length:].any()
+
+
+def test_what_is_kept_of_a_text_does_not_hang_on_its_padding() -> None:
+    lengths = torch.tensor([9, 5, 3, 7])
+    kept = keep_tokens(seeds(4), torch.arange(9) < lengths[:, None], 4)
+    for row, length in enumerate(lengths.tolist()):
+        alone = keep_tokens(seeds(4)[row : row + 1], torch.ones(1, length, dtype=torch.bool), min(4, length))
+        assert torch.equal(alone[0], kept[row, : alone.shape[1]])
 
 
 # Patches

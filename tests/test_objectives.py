@@ -26,6 +26,7 @@ from objectives.pretraining import (
     MaskConfig,
     ObjectivesConfig,
     Pretraining,
+    UnimodalKeepConfig,
     group_by_presence,
     joint_rows,
     trunk_gradients,
@@ -508,11 +509,36 @@ def lengths(model: Pretraining, inputs: Batch, whole: bool = False, progress: fl
 
 
 def test_passes_see_the_share_of_patches_asked_for() -> None:
-    model = pretraining(dataclasses.replace(CONFIG, keep=KeepConfig(0.75, 0.25), joint_keep=KeepConfig(0.5, 0.125)))
+    model = pretraining(
+        dataclasses.replace(CONFIG, keep=UnimodalKeepConfig(0.75, 0.25), joint_keep=KeepConfig(0.5, 0.125))
+    )
     text = int(batch(FULL).fields["text"].x.shape[1])
     assert lengths(model, batch(FULL)) == [(6, 1 + 12), (6, text), (6, 2 + 2), (6, 1 + 8 + text + 2 + 1)]
     whole = [(6, 1 + 16), (6, text), (6, 2 + 8), (6, 1 + 8 + text + 2 + 1)]
     assert lengths(model, batch(FULL), whole=True) == whole
+
+
+def test_the_unimodal_pass_sees_part_of_long_texts_wherever_they_stand() -> None:
+    keep = UnimodalKeepConfig(image=1.0, audio=1.0, text=0.5)  # of 12 tokens
+    model = pretraining(dataclasses.replace(config(contrastive=1), keep=keep))
+    inputs = batch(["t"] * 6)
+    text = inputs.fields["text"]
+    assert text.valid is not None
+    counts = text.valid.sum(1)
+    assert counts.min() <= 6 < counts.max()
+    assert lengths(model, inputs) == [(6, 6)]
+    assert lengths(model, inputs, whole=True) == [(6, int(counts.max()))]
+
+    embeddings = passes_of(model, inputs)[0].embeddings["text"].x
+    short = counts <= 6  # nothing of them is left out, so they are as in the whole
+    torch.testing.assert_close(embeddings[short], model.encoder("text", text)[1][short])
+    assert not torch.isclose(embeddings[~short], model.encoder("text", text)[1][~short]).all(dim=1).any()
+    # Alone, with no padding of others, a text loses the same tokens.
+    seeds = torch.arange(6)
+    for row in range(6):
+        own = Field(text.x[row : row + 1, : int(counts[row])], torch.tensor([0]))
+        alone = Batch({"text": own}, 1, ["0"], seeds=seeds[row : row + 1])
+        torch.testing.assert_close(passes_of(model, alone)[0].embeddings["text"].x, embeddings[row : row + 1])
 
 
 def test_objectives_that_are_off_cost_no_pass() -> None:
@@ -748,7 +774,7 @@ def test_a_few_steps_on_one_batch_lower_every_term() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ObjectivesConfig(keep=KeepConfig(image=0.0)), r"objectives\.keep\.image=0\.0: allowed"),
+        (lambda: ObjectivesConfig(keep=UnimodalKeepConfig(image=0.0)), r"objectives\.keep\.image=0\.0: allowed"),
         (lambda: ObjectivesConfig(joint_keep=KeepConfig(audio=1.1)), r"objectives\.joint_keep\.audio=1\.1: allowed"),
         (lambda: ObjectivesConfig(joint_mask=MaskConfig(image="time")), r"joint_mask\.image=time: .* random, block$"),
         (lambda: ObjectivesConfig(joint_mask=MaskConfig(audio="row")), r"joint_mask\.audio=row: .* time, frequency, "),

@@ -14,7 +14,7 @@ from data.batch import Batch
 from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
-from objectives.pretraining import KeepConfig, ObjectivesConfig, Pretraining
+from objectives.pretraining import ObjectivesConfig, Pretraining, UnimodalKeepConfig
 from pretrain.engine import go_backward
 from tests.samples import batch, encoder, free_port
 
@@ -27,7 +27,7 @@ def model_of(loss: str) -> Pretraining:
         contrastive=ContrastiveConfig(weight=0.7, loss=loss),
         masked_language=MaskedLanguageConfig(weight=0.5),
         masked_region=MaskedRegionConfig(decode=0.5),
-        keep=KeepConfig(image=0.5, audio=0.5),
+        keep=UnimodalKeepConfig(image=0.5, audio=0.5, text=0.4),
         joint_share=0.5,
     )
     trunk = encoder()

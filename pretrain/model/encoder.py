@@ -123,7 +123,7 @@ class Encoder(nn.Module):
         self.apply(init_weights)
 
     def tokens(self, modality: str, field: Field, keep: Tensor | None = None) -> Tokens:
-        """Tokens of one modality; ``keep`` (n, K) names the patches to keep, None keeps all."""
+        """Tokens of one modality; ``keep`` (n, K) names the patches, or tokens of a text, to keep; None keeps all."""
         tokens: Tokens = self.tokenizers[modality](field, keep)
         return tokens
 

@@ -173,12 +173,13 @@ class TextTokenizer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def forward(self, field: Field, keep: Tensor | None = None) -> Tokens:
-        """(n, L) ids -> (n, L, D). ``keep`` is not for text: all of it is read."""
-        if keep is not None:
-            raise ValueError("text tokens are never dropped: keep must be None")
+        """(n, L) ids -> (n, L, D); or (n, K, D), of the tokens at ``keep`` (n, K), the first of which is 0."""
         valid = torch.ones_like(field.x, dtype=torch.bool) if field.valid is None else field.valid
-        positions = valid.cumsum(dim=1) * valid + self.pad_id
-        return Tokens(self.norm(self.embed(field.x) + self.positions(positions)), field.valid)
+        ids, positions, seen = field.x, valid.cumsum(dim=1) * valid + self.pad_id, field.valid
+        if keep is not None:
+            ids, positions = ids.gather(1, keep), positions.gather(1, keep)
+            seen = None if seen is None else seen.gather(1, keep)
+        return Tokens(self.norm(self.embed(ids) + self.positions(positions)), seen)
 
 
 TOKENIZERS: dict[str, Any] = {"image": ImageTokenizer, "text": TextTokenizer, "audio": AudioTokenizer}
