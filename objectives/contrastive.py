@@ -69,11 +69,12 @@ class ContrastiveConfig:
 class Contrastive(nn.Module):
     """A term for every pair of modalities, each with a scale of its own (and with ``sigmoid`` a bias).
 
-    The scale is clamped at 100 (CLIP, Radford et al. 2021, section 2.5). A sample that lacks one modality of a pair
-    is neither a positive nor a negative of that pair, and terms are means over the samples of all ranks that count.
+    After each step the scale is clamped at 100 (CLIP, Radford et al. 2021, section 2.5). A sample that lacks one
+    modality of a pair is neither a positive nor a negative of that pair, and terms are means over the samples of all
+    ranks that count.
     """
 
-    reads = "embeddings"
+    reads = "pairs"
 
     @staticmethod
     def learns_from(modalities: Collection[str]) -> bool:
@@ -86,10 +87,11 @@ class Contrastive(nn.Module):
         self.pairs = {f"{a}_{b}": (a, b) for a, b in combinations(encoder.views.used, 2)}
         self.names = tuple(self.pairs)
         start = -math.log(config.temperature or {"info_nce": 0.07, "sigmoid": 0.1}[config.loss])
-        self.log_scale = nn.ParameterDict({name: torch.tensor(start) for name in self.pairs})
+        # Of one element, not of none: FSDP shares parameters along their first dimension.
+        self.log_scale = nn.ParameterDict({name: torch.tensor([start]) for name in self.pairs})
         if config.loss == "sigmoid":
             # So low that the many negatives cost nothing at the start (SigLIP, Zhai et al. 2023, section 3.2).
-            self.bias = nn.ParameterDict({name: torch.tensor(-10.0) for name in self.pairs})
+            self.bias = nn.ParameterDict({name: torch.tensor([-10.0]) for name in self.pairs})
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """A term for every pair that enough samples of all ranks have: two with InfoNCE, one with sigmoid.
@@ -119,16 +121,20 @@ class Contrastive(nn.Module):
         for (name, pair), counts in zip(present.items(), everywhere, strict=True):
             if sum(counts) < least:
                 continue
-            log_scale = self.log_scale[name]
-            with torch.no_grad():  # the parameter itself, as CLIP: it keeps its gradient and can come down again
-                log_scale.clamp_(max=MAX_LOG_SCALE)
+            log_scale = self.log_scale[name][0]
             if self.config.loss == "info_nce":
                 terms[name] = info_nce(pair.x, pair.y, log_scale, pair.groups, counts, self.config.tile)
             else:
                 terms[name] = pairwise_sigmoid(
-                    pair.x, pair.y, log_scale, self.bias[name], pair.groups, counts, self.config.tile
+                    pair.x, pair.y, log_scale, self.bias[name][0], pair.groups, counts, self.config.tile
                 )
         return terms
+
+    @torch.no_grad()
+    def after_step(self, _: Encoder, __: float) -> None:
+        """Scales stay at 100 or below: the parameters, so that these keep their gradient and can come down again."""
+        for log_scale in self.log_scale.values():
+            log_scale.clamp_(max=MAX_LOG_SCALE)
 
     def _common(self, embeddings: Mapping[str, Field], pair: tuple[str, str], groups: Tensor | None) -> "_Common":
         """What both modalities have. Rows ascend, so it comes out aligned."""
@@ -420,7 +426,7 @@ def embedding_gradients(
     leaves = [leaf for part in parts for leaf in part.values()]
     with torch.enable_grad():
         terms = objective.terms(merged, None if groups is None else torch.cat(list(groups)))
-        total = sum(terms.values(), 0 * next(iter(parameters.values())))
+        total = sum(terms.values(), 0 * next(iter(parameters.values())).sum())
     # What feeds no term has a gradient of zeros.
     found = iter(torch.autograd.grad(total, [*parameters.values(), *leaves], allow_unused=True, materialize_grads=True))
     parameter_gradients = {name: next(found) for name in parameters}

@@ -24,8 +24,9 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
-# class says which modalities it `learns_from`, else it is not built, and which passes it `reads`, "embeddings" or
-# "joint"; passes that nobody reads are not made. It may have ``after_step(encoder, progress)``, see
+# class says which modalities it `learns_from`, else it is not built, and which passes it `reads`, "embeddings", "pairs"
+# (embeddings of samples that have several modalities) or "joint"; passes that nobody reads are not made. It may have
+# ``after_step(encoder, progress)``, see
 # ``Pretraining.after_step``.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
@@ -80,6 +81,8 @@ class ObjectivesConfig:
     """Which patches the joint pass does not see."""
     joint_share: float = 0.125
     """Share of the batch that takes the joint pass. Contrastive learning wants large batches, masking does not."""
+    joint_share_alone: float = 1.0
+    """The same of samples of one modality, from which contrastive learning learns nothing."""
     final_whole: float = 0.05
     """The unimodal pass sees whole inputs in this last share of the steps, since exports always do."""
 
@@ -91,8 +94,9 @@ class ObjectivesConfig:
         for name, allowed in MASKS.items():
             if (mask := getattr(self.joint_mask, name)) not in allowed:
                 raise ValueError(f"objectives.joint_mask.{name}={mask}: allowed are {', '.join(allowed)}")
-        if not 0 < self.joint_share <= 1:
-            raise ValueError(f"objectives.joint_share={self.joint_share}: allowed is above 0 and at most 1")
+        for name in ("joint_share", "joint_share_alone"):
+            if not 0 < (share := getattr(self, name)) <= 1:
+                raise ValueError(f"objectives.{name}={share}: allowed is above 0 and at most 1")
         if not 0 <= self.final_whole <= 1:
             raise ValueError(f"objectives.final_whole={self.final_whole}: allowed is 0 to 1")
         for name in OBJECTIVES:
@@ -300,7 +304,12 @@ class Pretraining(nn.Module):
         """What the joint passes are going to see; nothing where none of the ``objectives`` reads them."""
         if not any(OBJECTIVES[name].reads == "joint" for name in objectives):
             return []
-        rows = joint_rows(batch.first, batch.size, self.config.joint_share, seed)
+        alone = ~paired(batch)
+        rows, rows_alone = (
+            joint_rows(batch.first, batch.size, share, seed)
+            for share in (self.config.joint_share, self.config.joint_share_alone)
+        )
+        rows = torch.cat([rows[~alone[rows]], rows_alone[alone[rows_alone]]]).sort().values
         seeds = self._row_seeds(batch, seed)
         hide_text = "masked_language" in objectives
         return [self._hide(group, seeds, hide_text) for group in group_by_presence(batch, rows)]
@@ -319,8 +328,13 @@ class Pretraining(nn.Module):
             joint: what `joint_inputs` has made already.
         """
         embeddings: dict[str, Field] = {}
-        if any(OBJECTIVES[name].reads == "embeddings" for name in objectives):
-            embeddings = self._unimodal(batch, self._row_seeds(batch, seed), whole)
+        read = {OBJECTIVES[name].reads for name in objectives}
+        if read & {"embeddings", "pairs"}:
+            fields = batch.fields
+            if "embeddings" not in read and not (both := paired(batch)).all():
+                chosen = {name: inputs.select(both[inputs.rows].nonzero()[:, 0]) for name, inputs in fields.items()}
+                fields = {name: inputs for name, inputs in chosen.items() if len(inputs.rows)}
+            embeddings = self._unimodal(fields, self._row_seeds(batch, seed), whole)
         joint = self.joint_inputs(batch, seed, objectives) if joint is None else joint
         return Passes(self.encoder, embeddings, [self._joint(each) for each in joint], batch.groups)
 
@@ -342,9 +356,9 @@ class Pretraining(nn.Module):
             if after_step is not None:
                 after_step(self.encoder, progress)
 
-    def _unimodal(self, batch: Batch, seeds: Tensor, whole: bool) -> dict[str, Field]:
+    def _unimodal(self, fields: Mapping[str, Field], seeds: Tensor, whole: bool) -> dict[str, Field]:
         embeddings = {}
-        for name, inputs in batch.fields.items():
+        for name, inputs in fields.items():
             keep = None if whole else self._kept(name, inputs, fork(_of(inputs, seeds), f"keep {name}"))
             features = self.encoder.features(name, inputs, keep)
             embeddings[name] = Field(self.encoder.project(name, features), inputs.rows)
@@ -464,6 +478,14 @@ def joint_rows(first: int, size: int, share: float, seed: int) -> Tensor:
     draws = uniforms(fork(stretches, f"joint rows {seed}"), 0, 1)[:, 0]
     rows = (begin + draws * (end - begin)).floor().long() - first
     return rows[(rows >= 0) & (rows < size)]
+
+
+def paired(batch: Batch) -> Tensor:
+    """(size,) bool on the CPU: which rows have several modalities."""
+    modalities = torch.zeros(batch.size, dtype=torch.int64)
+    for inputs in batch.fields.values():
+        modalities[inputs.rows.cpu()] += 1
+    return modalities > 1
 
 
 def group_by_presence(batch: Batch, rows: Tensor) -> list[dict[str, Field]]:

@@ -33,8 +33,9 @@ from data.stream import STATE
 from data.text import load_tokenizer
 from objectives.pretraining import Pretraining
 from pretrain.model.encoder import Encoder
+from pretrain.sharding import full, load_shared, shared_like
 
-SCHEMA = 3
+SCHEMA = 4  # since contrastive scales and biases have one element, not none
 LAST = "last"
 # So many checkpoints in a row that can't be written end the run.
 RETRIES = 3
@@ -77,6 +78,8 @@ class Checkpoints:
         keep: int,
         keep_every: int | None = None,
         warn: Callable[[str], None] = warnings.warn,
+        *,
+        main: bool = True,
     ) -> None:
         """Nothing is written yet.
 
@@ -86,8 +89,9 @@ class Checkpoints:
             keep_every: those at multiples of this step remain, too.
             warn: gets what the user should know but no one has to act on, once for each file or folder that it is
                 about. Called by the thread that calls `save`, `look` or `wait`, or leaves the ``with``.
+            main: whether this rank writes; the others only give it their part of what ranks share.
         """
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.folder, self.keep, self.keep_every, self.main = folder, keep, keep_every, main
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         self._failures = 0  # in a row
@@ -133,6 +137,8 @@ class Checkpoints:
     ) -> bool:
         """Copy all that a checkpoint holds, and begin to write it. If the one before has failed, that is warned of.
 
+        Where ranks share weights all call it, and the checkpoint is the one that a single process would write.
+
         Args:
             step: steps done.
             model: unwrapped module.
@@ -150,7 +156,7 @@ class Checkpoints:
         Raises:
             CheckpointError: `RETRIES` in a row could not be written; never with ``wait``.
         """
-        if not wait and self._writing is not None and not self._writing.done():
+        if not wait and self.busy:
             return False
         try:
             self.wait()
@@ -165,11 +171,18 @@ class Checkpoints:
         }
         if average is not None:
             tensors["trained"], weights = weights, self._copy("average", average.state_dict())
+        if not self.main:
+            return True
         state = {"schema": SCHEMA, "step": step, "identity": identity, "counters": counters}
         # Made here, not on the thread: what is shared may change while that one writes.
         texts = {"state.json": json.dumps(state, indent=2), STATE: json.dumps(stream, indent=1)}
         self._writing = self._thread.submit(self._write, step, model.encoder, weights, tokenizer, tensors, texts)
         return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._writing is not None and not self._writing.done()
 
     def look(self) -> CheckpointError | None:
         """What has become of the checkpoint that was begun: why it failed, said once, or None. Does not wait.
@@ -177,7 +190,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it has failed, as the `RETRIES` - 1 before it.
         """
-        if self._writing is None or not self._writing.done():
+        if self._writing is None or self.busy:
             return None
         try:
             self.wait()
@@ -205,14 +218,17 @@ class Checkpoints:
         return writing.result()
 
     def _copy(self, what: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On the CPU, contiguous, and no views of what goes on changing."""
+        """On the CPU, contiguous, whole, and no views of what goes on changing; nothing on ranks that do not write."""
         copies = {}
-        for name, value in tensors.items():
+        for name, part in tensors.items():
+            value = full(part.detach())  # one at a time: the device need not have room for all
+            if not self.main:
+                continue
             kept = self._copies.get((what, name))
             if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
                 kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 self._copies[what, name] = kept
-            copies[name] = kept.copy_(value.detach())
+            copies[name] = kept.copy_(value)
         return copies
 
     def _write(
@@ -335,7 +351,7 @@ def load_checkpoint(
 
     Args:
         checkpoint: a checkpoint's folder.
-        model: unwrapped module, built from the same configuration.
+        model: unwrapped module, built from the same configuration; ranks may share its weights, however they did then.
         optimizer: over the same parameters. Its hyper-parameters stay: they are this run's.
         identity: of this run; must equal the saved one.
         average: of the encoder's weights; restored, too. Where the checkpoint has none, it begins with the weights.
@@ -358,11 +374,11 @@ def load_checkpoint(
     try:
         weights = load_file(checkpoint / "encoder" / "model.safetensors")
         if average is not None:
-            average.load_state_dict(weights)
+            load_shared(average, weights)
         if (trained := checkpoint / "trained.safetensors").exists():  # the other one is an average, in use now or not
             weights = load_file(trained)
-        model.encoder.load_state_dict(weights)
-        model.objectives.load_state_dict(load_file(checkpoint / "objectives.safetensors"))
+        load_shared(model.encoder, weights)
+        load_shared(model.objectives, load_file(checkpoint / "objectives.safetensors"))
         restore(optimizer, model, load_file(checkpoint / "optimizer.safetensors"))
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from error
@@ -396,11 +412,12 @@ def restore(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor
         ValueError: it is that of other parameters.
     """
     state: dict[str, dict[str, Tensor]] = {}
+    parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, what = key.rpartition("/")
-        state.setdefault(name, {})[what] = value
+        state.setdefault(name, {})[what] = shared_like(value, parameters.get(name, value))
     numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    places = {name: numbers[id(p)] for name, p in model.named_parameters() if id(p) in numbers}
+    places = {name: numbers[id(p)] for name, p in parameters.items() if id(p) in numbers}
     if state and state.keys() != places.keys():
         odd = sorted(state.keys() ^ places.keys())
         raise ValueError(f"the optimiser has other parameters: {', '.join(odd[:3])}")

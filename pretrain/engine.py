@@ -29,6 +29,7 @@ from pretrain.config import Config
 from pretrain.optimizer import TrainingError, learning_rate, set_learning_rate
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks, Stop
+from pretrain.sharding import Sharded, bare_of, full, gather, gathered, no_sync
 from pretrain.start import Run, claimed, identity_of, set_up, start_accelerator
 
 
@@ -89,7 +90,7 @@ def train(run: Run) -> Path:
     timeout = timedelta(seconds=settings.timeout)
     ranks = Ranks(accelerator.num_processes, timeout)
     warn = partial(warn_of, accelerator)
-    checkpoints = Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every, warn)
+    checkpoints = Checkpoints(run.out / "checkpoints", settings.keep, settings.keep_every, warn, main=main)
     # A line at each checkpoint too, so that none before it is lost to a run that resumes from it.
     progress = Progress(
         run.out / "metrics.jsonl",
@@ -115,9 +116,9 @@ def train(run: Run) -> Path:
             seed, done = step_seed(config.seed, run.step), run.done
             values: dict[str, Tensor | float] = {}
             if settings.gradients_every is not None and run.step % settings.gradients_every == 0:
-                values |= pulls(accelerator, run.bare, inputs[0], seed, whole, done)
+                values |= pulls(accelerator, run.model, inputs[0], seed, whole, done)
             loss = go_backward(accelerator, run.model, inputs, seed, whole, done)
-            norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
+            norm = full(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_norm))
             bad = run.bad.step(run.optimizer, norm, loss.total, accelerator)
             run.optimizer.zero_grad()
             run.step += 1
@@ -142,7 +143,9 @@ def train(run: Run) -> Path:
             # Who is asked to stop has no time for a look.
             if monitor is not None and asked is None and monitor.due(run.step, time.perf_counter() - begun):
                 with progress.aside():
-                    progress.evaluated(monitor.look(run.encoder))
+                    with run.evaluated() as encoder:
+                        found = monitor.look(encoder)
+                    progress.evaluated(found)
             if saving:
                 with progress.aside():
                     if not save(run, checkpoints, wait=last):
@@ -150,8 +153,10 @@ def train(run: Run) -> Path:
                             f"step {run.step}: the checkpoint before is still being written, so there is none of this "
                             "step; raise train.save_every"
                         )
-                    if settings.pictures and main:
-                        draw(run.bare, inputs[0], seed, run.out / "pictures" / f"step-{run.step:08}.png")
+                    if settings.pictures:
+                        with gathered(run.model):
+                            if main:
+                                draw(run.bare, inputs[0], seed, run.out / "pictures" / f"step-{run.step:08}.png")
             if last:
                 break
         saved = checkpoints.wait()  # no second signal ends it
@@ -170,19 +175,24 @@ def warn_of(accelerator: Accelerator, message: str) -> None:
 
 def save(run: Run, checkpoints: Checkpoints, wait: bool) -> bool:
     """Begin to write a checkpoint; the first rank does. Returns whether it could, see `Checkpoints.save`."""
-    if run.accelerator.is_main_process:
-        return checkpoints.save(
-            run.step,
-            run.bare,
-            getattr(run.optimizer, "optimizer", run.optimizer),
-            run.tokenizer,
-            run.stream.state_dict(),
-            identity_of(run.config),
-            run.counters(),
-            run.average,
-            wait=wait,
-        )
-    return True
+    if isinstance(run.model, Sharded):  # all give their part, if the first one can write
+        busy = torch.tensor(int(checkpoints.busy and not wait), device=run.accelerator.device)
+        dist.broadcast(busy, 0)
+        if busy:
+            return False
+    elif not run.accelerator.is_main_process:
+        return True
+    return checkpoints.save(
+        run.step,
+        run.bare,
+        getattr(run.optimizer, "optimizer", run.optimizer),
+        run.tokenizer,
+        run.stream.state_dict(),
+        identity_of(run.config),
+        run.counters(),
+        run.average,
+        wait=wait,
+    )
 
 
 @torch.no_grad()
@@ -270,15 +280,15 @@ def go_backward(
     accelerator: Accelerator, model: nn.Module, inputs: Sequence[Batch], seed: int, whole: bool, progress: float
 ) -> Loss:
     """Forward and backward, one micro-batch after the other; returns the means of their losses."""
-    bare: Pretraining = accelerator.unwrap_model(model)
     together: Sequence[Together | None] = [None]
     if len(inputs) > 1:
+        gather(model)
         with accelerator.autocast():
-            together = bare.together(inputs, seed, whole, progress)
+            together = bare_of(model).together(inputs, seed, whole, progress)
     losses: list[Loss] = []
     for part, (batch, others) in enumerate(zip(inputs, together, strict=True), 1):
         # Ranks exchange gradients once, with the last.
-        with nullcontext() if part == len(inputs) else accelerator.no_sync(model):
+        with nullcontext() if part == len(inputs) else no_sync(model):
             with accelerator.autocast():
                 loss: Loss = model(batch, seed=seed, whole=whole, progress=progress, together=others)
             accelerator.backward(loss.total / len(inputs))
@@ -292,14 +302,16 @@ def go_backward(
 
 
 def pulls(
-    accelerator: Accelerator, bare: Pretraining, batch: Batch, seed: int, whole: bool, progress: float
+    accelerator: Accelerator, model: nn.Module, batch: Batch, seed: int, whole: bool, progress: float
 ) -> dict[str, float]:
     """`trunk_gradients` of a batch, on a pass of its own."""
+    bare: Pretraining = bare_of(model)
     bare.eval()  # there is no dropout; but objectives gather statistics of what they train on, and this is only a look
-    with accelerator.autocast():
-        loss = bare(batch, seed=seed, whole=whole, progress=progress)
-    bare.train()
-    return trunk_gradients(loss, bare.encoder.blocks.parameters())
+    with gathered(model):
+        with accelerator.autocast():
+            loss = bare(batch, seed=seed, whole=whole, progress=progress)
+        bare.train()
+        return trunk_gradients(loss, bare.encoder.blocks.parameters())
 
 
 def draw(bare: Pretraining, batch: Batch, seed: int, path: Path) -> None:

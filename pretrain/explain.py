@@ -26,7 +26,7 @@ def field_docs(cls: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     if not isinstance(definition, ast.ClassDef):
         raise TypeError(f"{cls} is no class")
-    docs = {}
+    docs = {name: doc for base in cls.__bases__ if base is not object for name, doc in field_docs(base).items()}
     for statement, below in zip(definition.body, definition.body[1:], strict=False):
         match statement, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
@@ -36,11 +37,12 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
 from pretrain.optimizer import BadSteps, make_optimizer
 from pretrain.ranks import first_alone
+from pretrain.sharding import Sharded, bare_of, gathered
 
 # Settings that change memory and speed alone.
 SAME_RESULT = {"objectives.contrastive.tile"}
 # Ways in which several processes may share the work.
-SHARED_BY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+SHARED_BY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 LOCK = ".lock"
 # What may lie in a run's folder before it has begun.
 BEFORE_A_RUN = {"checkpoints", "tokenizer", "trackers", "bad_steps", "export", "eval", "pictures", "dry_run"}
@@ -58,7 +60,7 @@ class Run:
         bare: the module itself.
         model: the module as ranks share it.
         optimizer: as Accelerate wraps it.
-        average: of the encoder's weights, if ``train.ema`` is set.
+        average_model: the average of the encoder's weights as ranks share it, if ``train.ema`` is set.
         step: steps done.
         bad: steps that were left out.
         tracker_ids: by which trackers know the run again.
@@ -71,7 +73,7 @@ class Run:
     bare: Pretraining
     model: nn.Module
     optimizer: Any
-    average: Encoder | None
+    average_model: nn.Module | None
     step: int
     bad: BadSteps
     tracker_ids: dict[str, str]
@@ -87,9 +89,15 @@ class Run:
         return self.step / self.config.train.steps
 
     @property
-    def encoder(self) -> Encoder:
-        """What evaluation sees."""
-        return self.bare.encoder if self.average is None else self.average
+    def average(self) -> Encoder | None:
+        """The average itself."""
+        return None if self.average_model is None else bare_of(self.average_model)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[Encoder]:
+        """What evaluation sees, with all its weights; all ranks enter it."""
+        with gathered(self.model if self.average_model is None else self.average_model):
+            yield self.bare.encoder if self.average is None else self.average
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run has to know besides weights and data."""
@@ -118,6 +126,8 @@ def start_accelerator(config: Config) -> Accelerator:
         precision = "bf16" if fast_in_bf16(state.device) else "fp32"
     if precision == "fp16" and state.device.type != "cuda":
         raise ConfigError(f"train.precision=fp16 needs a GPU, and this is {state.device}; allowed are auto, fp32, bf16")
+    if shards_weights(state.num_processes):
+        check_sharding(precision)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -126,14 +136,41 @@ def start_accelerator(config: Config) -> Accelerator:
     )
     if accelerator.distributed_type not in SHARED_BY:
         raise ConfigError(
-            f"launched with {accelerator.distributed_type.value}: so far processes share the work by plain data "
-            "parallelism, on CPUs or CUDA GPUs, each with a whole model; the files in docs/launch do that"
+            f"launched with {accelerator.distributed_type.value}: processes share the work by plain data parallelism "
+            "or FSDP2, on CPUs or CUDA GPUs; the files in docs/launch do that"
         )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(settings.threads or max(1, available_cpus() // here))
     return accelerator
+
+
+def shards_weights(processes: int) -> bool:
+    """Whether the launcher asks for FSDP, and there are ranks to share anything."""
+    # Accelerate itself takes no notice of it on CPUs.
+    return processes > 1 and bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def check_sharding(precision: str) -> None:
+    """Raise ConfigError if what the launcher says of FSDP, or the precision, is not to be had."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    wrong = {
+        f"fsdp_version: {version}": (version != "2", "it has to be 2"),
+        "fsdp_offload_params: true": (parse_flag_from_env("FSDP_OFFLOAD_PARAMS"), "it has to be false"),
+        "fsdp_cpu_ram_efficient_loading: true": (
+            parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"),
+            "it has to be false, since every process reads all weights",
+        ),
+        "fsdp_activation_checkpointing: true": (
+            parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"),
+            "it has to be false; train.recompute=true does that",
+        ),
+        "train.precision=fp16": (precision == "fp16", "FSDP goes with bf16 or fp32"),
+    }
+    for what, (is_wrong, instead) in wrong.items():
+        if is_wrong:
+            raise ConfigError(f"launched with FSDP and {what}: {instead}; docs/launch/fsdp2.yaml is one that works")
 
 
 def fast_in_bf16(device: torch.device) -> bool:
@@ -164,7 +201,8 @@ def claimed(out: Path, accelerator: Accelerator) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of this process alone: `flock` would live on in the workers of a run that was killed, for some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise ConfigError(
@@ -210,6 +248,9 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
     average = copy.deepcopy(encoder).requires_grad_(False) if config.train.ema is not None else None
     if config.train.compile:
         encoder.compile_blocks()
+    # Before the optimiser is made: it has to know each rank's part.
+    model = share_model(bare, accelerator)
+    average_model = share_average(average, accelerator)
     bare_optimizer = make_optimizer(bare, config.train)
     step, counters = 0, dict[str, Any]()
     if resumed_from is not None:
@@ -224,12 +265,11 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
             raise ConfigError(f"train.steps={config.train.steps}, but {resumed_from} has done {step} already")
     if stream.steps is not None and stream.steps < config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but max_epochs of all sources end at step {stream.steps}")
-    optimizer = accelerator.prepare(bare_optimizer)
+    optimizer = accelerator.prepare_optimizer(bare_optimizer)
     if accelerator.scaler is not None and counters.get("scaler"):
         accelerator.scaler.load_state_dict(counters["scaler"])
     bad = BadSteps(config.train.max_bad_steps, counters.get("bad_steps", 0))
-    model = share_model(bare, accelerator.num_processes)
-    run = Run(config, accelerator, stream, tokenizer, bare, model, optimizer, average, step, bad, {})
+    run = Run(config, accelerator, stream, tokenizer, bare, model, optimizer, average_model, step, bad, {})
     if step < config.train.steps:
         if main:
             record_run(config, given)
@@ -341,14 +381,23 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     )
 
 
-def share_model(bare: Pretraining, world: int) -> nn.Module:
-    """The module whose gradients are averaged over ranks.
+def share_model(bare: Pretraining, accelerator: Accelerator) -> nn.Module:
+    """The module whose gradients are averaged over ranks, by FSDP2 if the launcher asks for it, else by DDP.
 
     Not by ``Accelerator.prepare``, which names the device: DDP would then move all tensors of a batch to it, also those
     that say which rows are whose and are read on the CPU.
     """
+    if shards_weights(accelerator.num_processes):
+        return Sharded(bare, accelerator.device.type)
     # One buffer for gradients and what is sent, no second copy of them.
-    return DistributedDataParallel(bare, gradient_as_bucket_view=True) if world > 1 else bare
+    return DistributedDataParallel(bare, gradient_as_bucket_view=True) if accelerator.num_processes > 1 else bare
+
+
+def share_average(average: Encoder | None, accelerator: Accelerator) -> nn.Module | None:
+    """As the weights that it is an average of, so that each rank's part follows the same part of these."""
+    if average is None or not shards_weights(accelerator.num_processes):
+        return average
+    return Sharded(average, accelerator.device.type)
 
 
 def identity_of(config: Config) -> dict[str, Any]:
@@ -405,6 +454,8 @@ def describe(
 ) -> None:
     """Say what is about to be trained, on what and where."""
     parameters = sum(p.numel() for p in encoder.parameters())
+    world = accelerator.num_processes
+    shared = f", {'FSDP2' if shards_weights(world) else 'DDP'} over {world} processes" if world > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     epochs = config.train.steps * config.train.batch_size / sum(map(len, sources))
@@ -414,7 +465,7 @@ def describe(
         f"{vocabulary} tokens of vocabulary\n"
         f"data      {shards} shards; "
         f"{config.train.steps} steps of {config.train.batch_size} are {epochs:.1f} epochs\n"
-        f"device    {accelerator.device}{threads}, {precision}\n"
+        f"device    {accelerator.device}{threads}, {precision}{shared}\n"
         f"run       {config.out}",
         flush=True,
     )

@@ -449,11 +449,9 @@ def test_auto_takes_bf16_where_it_is_fast(
     assert asked == [mixed, "no", "bf16"]
 
 
-def test_a_launcher_that_shards_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.FSDP)
-    with pytest.raises(
-        ConfigError, match="launched with FSDP: so far processes share the work by plain data parallelism"
-    ):
+def test_a_launcher_that_shares_the_work_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=r"launched with DEEPSPEED: .* by plain data parallelism or FSDP2"):
         start_accelerator(tiny_config(tmp_path))
 
 

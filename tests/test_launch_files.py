@@ -40,6 +40,7 @@ def test_accelerate_knows_every_key(path: Path) -> None:
         ("gpu_1", DistributedType.NO, 1, 1, False),
         ("gpu_8", DistributedType.MULTI_GPU, 8, 1, False),
         ("nodes_2", DistributedType.MULTI_GPU, 16, 2, False),
+        ("fsdp2", DistributedType.FSDP, 8, 1, False),
     ],
 )
 def test_files_say_what_their_names_say(
@@ -52,7 +53,7 @@ def test_files_say_what_their_names_say(
 
 
 def test_no_file_is_without_a_test() -> None:
-    assert [path.stem for path in FILES] == ["cpu", "gpu_1", "gpu_8", "nodes_2"]
+    assert [path.stem for path in FILES] == ["cpu", "fsdp2", "gpu_1", "gpu_8", "nodes_2"]
 
 
 @pytest.mark.parametrize(("asked", "mixed"), [("fp32", "no"), ("bf16", "bf16")])

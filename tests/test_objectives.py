@@ -521,13 +521,13 @@ def test_passes_see_the_share_of_patches_asked_for() -> None:
 def test_the_unimodal_pass_sees_part_of_long_texts_wherever_they_stand() -> None:
     keep = UnimodalKeepConfig(image=1.0, audio=1.0, text=0.5)  # of 12 tokens
     model = pretraining(dataclasses.replace(config(contrastive=1), keep=keep))
-    inputs = batch(["t"] * 6)
+    inputs = batch(["ta"] * 6)
     text = inputs.fields["text"]
     assert text.valid is not None
     counts = text.valid.sum(1)
     assert counts.min() <= 6 < counts.max()
-    assert lengths(model, inputs) == [(6, 6)]
-    assert lengths(model, inputs, whole=True) == [(6, int(counts.max()))]
+    assert lengths(model, inputs)[0] == (6, 6)
+    assert lengths(model, inputs, whole=True)[0] == (6, int(counts.max()))
 
     embeddings = passes_of(model, inputs)[0].embeddings["text"].x
     short = counts <= 6  # nothing of them is left out, so they are as in the whole
@@ -537,7 +537,8 @@ def test_the_unimodal_pass_sees_part_of_long_texts_wherever_they_stand() -> None
     seeds = torch.arange(6)
     for row in range(6):
         own = Field(text.x[row : row + 1, : int(counts[row])], torch.tensor([0]))
-        alone = Batch({"text": own}, 1, ["0"], seeds=seeds[row : row + 1])
+        sound = inputs.fields["audio"].select(torch.tensor([row]))._replace(rows=torch.tensor([0]))
+        alone = Batch({"text": own, "audio": sound}, 1, ["0"], seeds=seeds[row : row + 1])
         torch.testing.assert_close(passes_of(model, alone)[0].embeddings["text"].x, embeddings[row : row + 1])
 
 
@@ -549,22 +550,38 @@ def test_objectives_that_are_off_cost_no_pass() -> None:
 
 def test_whole_inputs_give_the_embeddings_of_the_plain_encoder() -> None:
     model = pretraining(config(contrastive=1))
-    inputs = batch(["ita", "t", "ia", "it"])
+    inputs = batch(["ita", "ta", "ia", "it"])
     passes, _ = passes_of(model, inputs, whole=True)
     for name, each in inputs.fields.items():
         torch.testing.assert_close(passes.embeddings[name].x, model.encoder(name, each)[1])
         assert torch.equal(passes.embeddings[name].rows, each.rows)
 
 
+@pytest.mark.parametrize("alone", [1.0, 0.5])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.25])
-def test_the_joint_pass_takes_its_share_of_the_rows(share: float) -> None:
-    model = pretraining(dataclasses.replace(CONFIG, joint_share=share))
+def test_the_joint_pass_takes_its_share_of_the_rows(share: float, alone: float) -> None:
+    model = pretraining(dataclasses.replace(CONFIG, joint_share=share, joint_share_alone=alone))
     inputs = batch(["ita", "it", "a", "ita", "t", "i", "ta", "ita"])
     passes, _ = passes_of(model, inputs)
     taken = {int(row) for joint in passes.joint for each in joint.inputs.values() for row in each.rows}
-    assert taken == set(joint_rows(0, 8, share, 0).tolist())
-    assert abs(len(taken) - 8 * share) < 1
-    assert {name: len(each.rows) for name, each in passes.embeddings.items()} == {"image": 5, "text": 6, "audio": 5}
+    single = {2, 4, 5}
+    rows = {row for row in joint_rows(0, 8, share, 0).tolist() if row not in single}
+    assert taken == rows | {row for row in joint_rows(0, 8, alone, 0).tolist() if row in single}
+    assert abs(len(set(joint_rows(0, 8, share, 0).tolist())) - 8 * share) < 1
+
+
+def test_samples_of_one_modality_are_not_made_ready_for_a_contrast() -> None:
+    model = pretraining(config(contrastive=1))
+    inputs = batch(["ita", "it", "a", "ita", "t", "i", "ta", "ita"])
+    passes, _ = passes_of(model, inputs, whole=True)
+    for name, rows in {"image": [0, 1, 3, 7], "text": [0, 1, 3, 6, 7], "audio": [0, 3, 6, 7]}.items():
+        own = [inputs.fields[name].rows.tolist().index(row) for row in rows]
+        assert passes.embeddings[name].rows.tolist() == rows
+        torch.testing.assert_close(passes.embeddings[name].x, model.encoder(name, inputs.fields[name])[1][own])
+    assert passes_of(model, batch(["i", "t", "a"]))[0].embeddings == {}
+    loss = model(batch(["i", "t", "a"]), seed=0)
+    assert loss.total == 0
+    loss.total.backward()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.3, 0.125, 0.01])

@@ -9,17 +9,20 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ from pretrain.export import export
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import TrainingError, learning_rate, make_optimizer, set_learning_rate
 from pretrain.run import rehearsal
-from pretrain.start import claimed, set_up, share_model, start_accelerator
+from pretrain.start import set_up, share_model
 from tests.test_trackers import Fake, install
 from tests.tiny import tiny_config, tiny_encoder, tiny_tokenizer
 
@@ -807,15 +810,34 @@ def test_bad_steps_before_a_checkpoint_count_after_it(tmp_path: Path, monkeypatc
 # Several runs, several ranks
 
 
-def test_a_folder_in_which_a_run_is_at_work_is_refused(tmp_path: Path) -> None:
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from pretrain.start import claimed
+with claimed(Path(sys.argv[1]), SimpleNamespace(is_main_process=True)):
+    if os.fork() == 0:
+        time.sleep(60)  # a worker that has not noticed yet
+        os._exit(0)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused_until_that_ends(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.steps=1")
-    accelerator = start_accelerator(config)
-    with (
-        claimed(Path(config.out), accelerator),
-        pytest.raises(ConfigError, match=rf"work there \(process {os.getpid()} "),
-    ):
-        pretrain.engine.pretrain(config)
-    pretrain.engine.pretrain(config)  # it was given back
+    command = [sys.executable, "-c", HOLDER, config.out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as holder:
+        assert holder.stdout is not None
+        number = int(holder.stdout.readline())
+        try:
+            with pytest.raises(ConfigError, match=rf"work there \(process {number} "):
+                pretrain.engine.pretrain(config)
+            holder.kill()  # its child lives on
+            holder.wait()
+            pretrain.engine.pretrain(config)
+        finally:
+            os.killpg(number, signal.SIGKILL)
 
 
 def test_a_rehearsal_does_not_stand_in_the_way_of_the_run(tmp_path: Path) -> None:
@@ -830,7 +852,8 @@ def test_data_parallelism_leaves_the_places_of_tensors_alone(monkeypatch: pytest
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(pretrain.start, "DistributedDataParallel", lambda _, **given: made.append(given))
     model = Pretraining(tiny_encoder(tiny_tokenizer()), ObjectivesConfig())
-    assert share_model(model, 1) is model
-    share_model(model, 2)
+    one, two = (cast(Accelerator, SimpleNamespace(num_processes=number)) for number in (1, 2))
+    assert share_model(model, one) is model
+    share_model(model, two)
     assert len(made) == 1
     assert "device_ids" not in made[0]
