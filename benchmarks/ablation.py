@@ -33,9 +33,11 @@ from data.index import find_shards, load_shards
 from data.shards import write_shards
 from data.source import Source
 from data.stream import open_split
-from eval.features import extract
+from eval.encoders import Pretrained
+from eval.features import extract_features
 from eval.linear import Split, linear_probe
-from eval.run import class_prompts, read_labels
+from eval.splits import read_labels
+from eval.tasks import class_prompts
 from eval.zeroshot import zero_shot
 from pretrain.checkpoint import load_encoder
 from pretrain.config import Config, load_config
@@ -188,8 +190,9 @@ def score(task: Task, config: Config, train: list[str]) -> dict[str, float]:
     patterns = {"train": train, "val": config.data.val, "test": config.data.test}
     splits = {name: open_split(config.data, shards) for name, shards in patterns.items()}
     labels, cpu = read_labels(splits, config.eval), torch.device("cpu")
+    scored = Pretrained("encoder", encoder, tokenizer)
     features = {
-        name: extract([encoder], tokenizer, split, labels[name], cpu, config.eval.batch_size, workers=1)[0]
+        name: extract_features(scored, split, labels[name], None, cpu, config.eval.batch_size, workers=1)
         for name, split in splits.items()
     }
     scores = {}
@@ -199,8 +202,10 @@ def score(task: Task, config: Config, train: list[str]) -> dict[str, float]:
         if kind == "linear":
             scores[name] = linear_probe(*(Split(part.features, part.labels) for part in parts)).top1
         else:
-            found = zero_shot(parts[-1].embeddings, class_prompts(encoder, tokenizer, config.eval, cpu))
-            scores[name] = float((found == parts[-1].labels).float().mean())
+            embeddings, prompts = parts[-1].embeddings, class_prompts(scored, config.eval)
+            if embeddings is None or prompts is None:
+                raise SystemExit(f"{name}: the encoder has no shared space")
+            scores[name] = float((zero_shot(embeddings, prompts) == parts[-1].labels).float().mean())
     return scores
 
 

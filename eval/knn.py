@@ -1,14 +1,18 @@
 """Nearest neighbours: the class that the samples around one vote for. Nothing is fitted."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eval.linear import Split, _checked
-from eval.metrics import accuracy
+from eval.metrics import ProbeResult, accuracy, classification
 from eval.zeroshot import unit_rows
+
+NEIGHBOURS = (10, 20, 100, 200)
+"""Of Wu et al. 2018 and DINO: how many may vote."""
 
 
 class KnnResult(NamedTuple):
@@ -41,19 +45,86 @@ def knn(train: Split, test: Split, k: int = 20, temperature: float = 0.07, chunk
     """
     if k < 1 or chunk < 1:
         raise ValueError(f"k and chunk must be at least 1, got k={k} and chunk={chunk}")
+    train, test = _checked("train", train), _checked("test", test)
+    k = min(k, len(train.y))
+    predicted = _predicted(_votes(train, test, "test", [k], temperature, chunk)[k], train)
+    return KnnResult(accuracy(predicted, test.y), k, predicted)
+
+
+def knn_probe(
+    train: Split,
+    val: Split,
+    test: Split,
+    *,
+    ks: Sequence[int] = NEIGHBOURS,
+    temperature: float = 0.07,
+    chunk: int = 256,
+    content: Tensor | None = None,
+    samples: int = 1000,
+) -> ProbeResult:
+    """``knn`` on ``test`` with every number of neighbours of ``ks``, and with the one that does best on ``val``.
+
+    Rows of ``val`` and ``test`` are compared with those of ``train`` alone, and ``test`` takes no part in the choice;
+    of numbers that do equally well on ``val`` the smallest is chosen. Those above the number of train rows are left
+    out; where all are, all rows vote. Rows of a class that train lacks count as wrong.
+
+    Metrics are those of ``eval.metrics.classification`` with the chosen k (a class that no neighbour votes for is in
+    no top 5), and ``top1_k10`` and so on for every k; intervals from ``samples`` resamples by ``content`` (N of
+    test,), ids equal for equal inputs. ``chosen`` has ``k`` and ``val_top1``.
+
+    Source: Wu et al. 2018, as for ``knn``; Caron et al. 2021, Emerging Properties in Self-Supervised Vision
+    Transformers (DINO).
+
+    Raises:
+        ValueError: as ``knn``; ``ks`` is empty.
+    """
+    if not ks or min(ks) < 1 or chunk < 1:
+        raise ValueError(f"ks must be one or more, and they and chunk at least 1, got ks={list(ks)} and chunk={chunk}")
+    train, val, test = _checked("train", train), _checked("val", val), _checked("test", test)
+    fitting = sorted({k for k in ks if k <= len(train.y)}) or [len(train.y)]
+    on_val = {
+        k: accuracy(_predicted(votes, train), val.y)
+        for k, votes in _votes(train, val, "val", fitting, temperature, chunk).items()
+    }
+    best = max(on_val, key=lambda k: (on_val[k], -k))
+    on_test = _votes(train, test, "test", fitting, temperature, chunk)
+    classes = torch.unique(train.y)
+    found = {
+        k: classification(votes.log(), test.y, classes, groups=content, samples=samples) for k, votes in on_test.items()
+    }
+    predicted = _predicted(on_test[best], train)
+    return ProbeResult(
+        metrics={**found[best], **{f"top1_k{k}": metrics["top1"] for k, metrics in found.items()}},
+        chosen={"k": best, "val_top1": on_val[best]},
+        predicted=predicted,
+        correct=(predicted == test.y).double(),
+    )
+
+
+def _votes(
+    train: Split, queries: Split, name: str, ks: Sequence[int], temperature: float, chunk: int
+) -> dict[int, Tensor]:
+    """For each k, at most the train rows, the votes (N, C) of ``queries``, called ``name``, for the classes of train.
+
+    They are divided by that of the nearest neighbour.
+    """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    train, test = _checked("train", train), _checked("test", test)
-    if test.x.shape[1] != train.x.shape[1]:
-        raise ValueError(f"test must have the {train.x.shape[1]} features of train, got {test.x.shape[1]}")
-    k = min(k, len(train.y))
+    if queries.x.shape[1] != train.x.shape[1]:
+        raise ValueError(f"{name} must have the {train.x.shape[1]} features of train, got {queries.x.shape[1]}")
     classes, y = torch.unique(train.y, return_inverse=True)
-    train_units, test_units = unit_rows(train.x, "train"), unit_rows(test.x, "test")
-    predicted = []
-    for units in torch.split(test_units, chunk):
-        cosines, neighbours = (units @ train_units.T).topk(k)
+    train_units, units = unit_rows(train.x, "train"), unit_rows(queries.x, name)
+    votes = {k: units.new_zeros(len(units), len(classes)) for k in ks}
+    for start in range(0, len(units), chunk):
+        rows = slice(start, start + chunk)
+        cosines, neighbours = (units[rows] @ train_units.T).topk(max(ks))  # nearest first
         weights = ((cosines - cosines[:, :1]) / temperature).exp()  # a common factor keeps exp from overflowing
-        votes = units.new_zeros(len(units), len(classes)).scatter_add_(1, y[neighbours], weights)
-        predicted.append(classes[votes.argmax(1)])
-    labels = torch.cat(predicted)
-    return KnnResult(accuracy(labels, test.y), k, labels)
+        for k, cast in votes.items():
+            cast[rows].scatter_add_(1, y[neighbours[:, :k]], weights[:, :k])
+    return votes
+
+
+def _predicted(votes: Tensor, train: Split) -> Tensor:
+    """The class with most of the ``votes`` (N, C), as its label id (N,)."""
+    labels: Tensor = torch.unique(train.y)[votes.argmax(1)]
+    return labels

@@ -1,5 +1,7 @@
 """How features spread, without labels: effective rank, alignment, uniformity and the gap between two modalities."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,21 @@ def uniformity(x: Tensor, chunk: int = 1024) -> float:
         potentials.diagonal(start).zero_()  # no row is a pair with itself
         total += potentials.sum()
     return (total / (n * (n - 1))).log().item()
+
+
+def dimension_spread(x: Tensor) -> float:
+    """Mean over dimensions of the standard deviation of the unit vectors of ``x`` (N, D), times the root of D.
+
+    1 where all directions are equally likely, 0 where all rows point one way.
+
+    Source: Chen & He 2021, Exploring Simple Siamese Representation Learning, section 4.1.
+
+    Raises:
+        ValueError: ``x`` is not two-dimensional with finite, non-zero rows.
+    """
+    units = unit_rows(x.detach(), "x")
+    spread: float = units.std(0, correction=0).mean().item() * math.sqrt(units.shape[1])
+    return spread
 
 
 def modality_gap(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on frozen features."""
+"""Linear probe: logistic regression on frozen features, of one label or several per sample."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.metrics import accuracy, bootstrap_interval
+from eval.metrics import ProbeResult, accuracy, classification, multilabel
 
 DEFAULT_STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 2))
 """One L2 strength per decade, from 1e-5 to 10."""
 
-# Largest absolute gradient at which a fit counts as converged. At 1e-5 the fits of the weakest default
-# strengths still depend on where they start, by up to a point of accuracy.
-_GRADIENT_TOLERANCE = 1e-6
+# A fit has converged when, by its preconditioner's estimate, the objective can fall by this much at most (nats): from
+# 20,000 rows on; of a share of them, where it costs little and one row is more, by the square of the share less. At
+# 1e-5 the accuracies of the weakest and strongest defaults are up to a point off; near 1e-9 rounding hides the descent.
+_TOLERANCE = 2e-6
+_LEAST_TOLERANCE = 1e-8
+# Pairs of steps and changes of gradient that stand for the Hessian.
+_MEMORY = 10
+# What the objective may rise by rounding alone, as a share of it.
+_ROUNDING = 1e-7
+# Probabilities are no less than this one's exponential, 4e-18: their squares would be denormal, which is slow.
+_LEAST = -40.0
 
 
 class Split(NamedTuple):
@@ -23,7 +31,7 @@ class Split(NamedTuple):
 
     Attributes:
         x: (N, D) floating point, any scale.
-        y: (N,) integer label ids, any, not only 0..C-1.
+        y: (N,) integer label ids, any, not only 0..C-1; or (N, C) bool, which of C labels a sample has.
     """
 
     x: Tensor
@@ -31,15 +39,16 @@ class Split(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """Softmax regression on standardised features.
+    """Logistic regression on standardised features.
 
     Attributes:
-        classes: (C,) int64 label ids, ascending.
+        classes: (C,) int64 label ids, ascending; with several labels per sample 0..C-1.
         mean: (D,) float64, of the fitted features.
         std: (D,) float64, of the fitted features; 1 where a feature is constant.
         weight: (C, D) float64, for standardised features.
         bias: (C,) float64.
-        converged: whether the fit reached a stationary point before its iterations ran out.
+        converged: whether the fit reached its tolerance before its iterations ran out.
+        several: whether a sample can have several labels: a sigmoid per class instead of a softmax over them.
     """
 
     classes: Tensor
@@ -48,35 +57,31 @@ class Classifier(NamedTuple):
     weight: Tensor
     bias: Tensor
     converged: bool
+    several: bool = False
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Logits (N, C) float64 of features ``x`` (N, D)."""
+        return F.linear((x.double() - self.mean) / self.std, self.weight, self.bias)
 
     def predict(self, x: Tensor) -> Tensor:
-        """Label ids (N,) predicted for features ``x`` (N, D)."""
-        logits = F.linear((x.double() - self.mean) / self.std, self.weight, self.bias)
-        return self.classes[logits.argmax(1)]
+        """Label ids (N,), or which labels (N, C) bool, predicted for features ``x`` (N, D)."""
+        scores = self.scores(x)
+        return scores > 0 if self.several else self.classes[scores.argmax(1)]
 
 
-class ProbeResult(NamedTuple):
-    """Outcome of ``linear_probe``. Accuracies are fractions in [0, 1].
+class _Axes(NamedTuple):
+    """Standardised features in the basis of their principal axes, with a column of ones for the bias.
 
-    Attributes:
-        top1: test accuracy of ``classifier``.
-        interval: 95 % bootstrap interval of ``top1``, test rows taken as independent.
-        strength: the chosen L2 strength.
-        val_top1: validation accuracy at ``strength`` when fitted on train alone; the choice was made by it.
-        predicted: (N,) int64 label ids predicted for the test split.
-        classifier: the one refitted on train + val.
+    There the Hessian is close to diagonal, and the L2 norm of weights is what it was.
     """
 
-    top1: float
-    interval: tuple[float, float]
-    strength: float
-    val_top1: float
-    predicted: Tensor
-    classifier: Classifier
+    mean: Tensor  # (D,) float64
+    std: Tensor  # (D,) float64
+    basis: Tensor  # (D, K) float32, K = min(D, N)
+    x: Tensor  # (N, K + 1) float32
+    variances: Tensor  # (K + 1,) float32, the mean squares of the columns of x
 
 
-# The fit needs autograd; leaving inference mode also undoes a caller's no_grad.
-@torch.inference_mode(False)
 def linear_probe(
     train: Split,
     val: Split,
@@ -84,118 +89,259 @@ def linear_probe(
     *,
     strengths: Sequence[float] = DEFAULT_STRENGTHS,
     max_iter: int = 1000,
+    content: Tensor | None = None,
+    samples: int = 1000,
 ) -> ProbeResult:
-    """Accuracy on ``test`` of a linear classifier fitted on the frozen features of ``train`` and ``val``.
+    """Metrics on ``test`` of a linear classifier fitted on the frozen features of ``train`` and ``val``.
 
     Features are standardised by the mean and standard deviation of the rows being fitted. The classifier
     minimises mean cross-entropy + strength / 2 * ||W||^2, the bias unpenalised, by full-batch L-BFGS of at
-    most ``max_iter`` iterations in float64, on the device of the features. Strengths are fitted on ``train`` in
-    ascending order, each from the solution before it; the one with the best accuracy on ``val`` is chosen, of
-    equals the strongest; the classifier is then refitted on train + val with that strength. ``test`` takes no
-    part in any choice.
+    most ``max_iter`` iterations on the device of the features, with products in float32 and sums in float64. Strengths
+    are fitted on ``train`` in ascending order, each from the solution before it; the one with the best accuracy on
+    ``val`` is chosen, of equals the strongest. The sweep stops where accuracy has fallen from the best by more than
+    0.05 and by two standard errors. The classifier is then refitted on train + val with the chosen strength. ``test``
+    takes no part in any choice.
+
+    With labels (N, C) bool every class is a binary problem of its own, all with one strength, chosen by mAP. A class
+    that all or none of the fitted rows have gets weight 0 and the share of rows that have it for its bias.
 
     A ``strength`` is scikit-learn's ``LogisticRegression(C=1 / (strength * N))`` for N fitted rows: being on the
-    mean, it means the same for train as for train + val.
+    mean, it means the same for train as for train + val. (With two classes scikit-learn penalises the one difference
+    of their weights, and so does this.)
 
-    For test rows that share sources, pass ``predicted == test.y`` and the source ids to ``bootstrap_interval``.
+    Metrics are those of ``eval.metrics``' ``classification``, or of its ``multilabel``, with intervals from
+    ``samples`` resamples by ``content`` (N of test,), ids equal for equal inputs, None to take rows as independent.
+    ``chosen`` has ``strength`` and ``val_top1`` or ``val_map``, at that strength when fitted on train alone.
 
     Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision (CLIP),
     section 3.2 and appendix A.3. It differs here in standardising the features and in the grid of strengths.
 
     Raises:
         ValueError: a split is empty, misshapen, of another width D than train or holds NaN or infinity; its
-            labels are not integers; train has a single class; val or test has a class that train lacks;
+            labels are neither integers nor bool (N, C), C as in train; train has a single class, or no label that
+            some rows have and others lack; val or test has a class that train lacks, or no label to score;
             ``strengths`` is empty or holds one that is not positive and finite; ``max_iter`` is below 1.
     """
     if not strengths or not all(0 < strength < math.inf for strength in strengths):
         raise ValueError(f"strengths must be one or more positive finite numbers, got {list(strengths)}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    train, val, test = _checked("train", train), _checked("val", val), _checked("test", test)
+    several = train.y.ndim == 2
+    train, val, test = (
+        _checked(name, split, several) for name, split in (("train", train), ("val", val), ("test", test))
+    )
     _check_compatible(train, val=val, test=test)
+    by = "map" if several else "top1"
 
-    chosen, chosen_strength, chosen_top1 = None, math.nan, -math.inf
-    current = None
+    chosen, chosen_strength, best = None, math.nan, -math.inf
+    fallen = max(0.05, 1 / math.sqrt(len(val.y)))  # two standard errors at most
+    axes, current = _axes(train.x), None
     for strength in sorted(strengths):
-        current = _fit(train, strength, max_iter, current)
-        top1 = accuracy(current.predict(val.x), val.y)
-        if top1 >= chosen_top1:
-            chosen, chosen_strength, chosen_top1 = current, strength, top1
+        current = _fit(axes, train.y, strength, max_iter, current)
+        if several:
+            score = multilabel(current.scores(val.x), val.y, samples=0)["map"].value
+        else:
+            score = accuracy(current.predict(val.x), val.y)
+        if score >= best:
+            chosen, chosen_strength, best = current, strength, score
+        if score < best - fallen:
+            break
 
-    both = Split(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
-    classifier = _fit(both, chosen_strength, max_iter, chosen)
-    predicted = classifier.predict(test.x)
+    axes = _axes(torch.cat([train.x, val.x]))
+    classifier = _fit(axes, torch.cat([train.y, val.y]), chosen_strength, max_iter, chosen)
+    scores, predicted = classifier.scores(test.x), classifier.predict(test.x)
+    if several:
+        metrics = multilabel(scores, test.y, groups=content, samples=samples)
+        correct = (predicted == test.y).double().mean(1)
+    else:
+        metrics = classification(scores, test.y, classifier.classes, groups=content, samples=samples)
+        correct = (predicted == test.y).double()
     return ProbeResult(
-        top1=accuracy(predicted, test.y),
-        interval=bootstrap_interval(predicted == test.y),
-        strength=chosen_strength,
-        val_top1=chosen_top1,
+        metrics=metrics,
+        chosen={"strength": chosen_strength, f"val_{by}": best},
         predicted=predicted,
+        correct=correct,
         classifier=classifier,
     )
 
 
-def _fit(split: Split, strength: float, max_iter: int, start: Classifier | None) -> Classifier:
-    """Classifier fitted on ``split`` from ``start``, or from zero; ``start`` must know the same classes."""
-    mean = split.x.mean(0)
+def standardise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) of the columns of ``x`` (N, D), the latter 1 where a feature is constant."""
     # Rounding can leave a constant feature a standard deviation of 1e-17, which would blow it up on other rows.
-    constant = split.x.amin(0) == split.x.amax(0)
-    std = split.x.std(0, correction=0).masked_fill(constant, 1.0)
-    x = (split.x - mean) / std
-    classes, y = torch.unique(split.y, return_inverse=True)
-    weight = x.new_zeros(len(classes), x.shape[1]) if start is None else start.weight.clone()
-    bias = x.new_zeros(len(classes)) if start is None else start.bias.clone()
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-
-    # In float64 the line search can follow the objective down to the gradient tolerance, which is then the
-    # only criterion of convergence; in float32 rounding stops it two orders of magnitude above.
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=max_iter,
-        tolerance_grad=_GRADIENT_TOLERANCE,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        return F.cross_entropy(F.linear(x, weight, bias), y) + strength / 2 * weight.square().sum()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective()
-        torch.autograd.backward(loss)
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    # The last point the line search tried need not be the one it kept, so the gradient is taken anew.
-    gradients = torch.autograd.grad(objective(), parameters)
-    converged = all(gradient.abs().max().item() <= _GRADIENT_TOLERANCE for gradient in gradients)
-    return Classifier(classes, mean, std, weight.detach(), bias.detach(), converged)
+    constant = x.amin(0) == x.amax(0)
+    mean = x.mean(0)
+    return mean, (x - mean).square_().mean(0).sqrt().masked_fill(constant, 1.0)
 
 
-def _checked(name: str, split: Split) -> Split:
-    """``split`` as float64 features and int64 labels, or a ValueError that calls it ``name``."""
+def _axes(x: Tensor) -> _Axes:
+    """``x`` (N, D) float64 in its principal axes."""
+    mean, std = standardise(x)
+    scaled = ((x - mean) / std).float()
+    # Of more features than rows only the space of the rows matters: the penalty keeps weights in it.
+    rows, basis = scaled, None
+    if scaled.shape[1] > scaled.shape[0]:
+        basis = torch.linalg.qr(scaled.T).Q
+        rows = scaled @ basis
+    variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    ones = torch.ones_like(rows[:, :1])
+    rotated = torch.cat([rows @ vectors, ones], 1)
+    variances = torch.cat([variances.clamp(min=0), ones[0]])
+    return _Axes(mean, std, vectors if basis is None else basis @ vectors, rotated, variances)
+
+
+def _fit(axes: _Axes, y: Tensor, strength: float, max_iter: int, start: Classifier | None) -> Classifier:
+    """Classifier fitted from ``start``, of the same classes, or from zero."""
+    several = y.ndim == 2
+    if several:
+        classes = torch.arange(y.shape[1], device=y.device)
+        share = y.double().mean(0)
+        fixed = (share == 0) | (share == 1)
+    else:
+        classes, y = torch.unique(y, return_inverse=True)
+        fixed = classes.new_zeros(len(classes), dtype=torch.bool)
+    objective = _Objective(axes, y, len(classes), strength, fixed)
+    weight = axes.x.new_zeros(len(classes), axes.x.shape[1])
+    if start is not None:
+        weight[:, :-1] = start.weight.float() @ axes.basis
+        weight[:, -1] = start.bias
+    if several:
+        # Half a row is added to either side, so that the bias is finite.
+        smoothed = (share * len(y) + 0.5) / (len(y) + 1)
+        weight[fixed] = 0
+        weight[fixed, -1] = smoothed.logit()[fixed].float()
+    weight, converged = _minimise(objective, weight, max_iter)
+    solution = (weight[:, :-1] @ axes.basis.T).double()
+    return Classifier(classes, axes.mean, axes.std, solution, weight[:, -1].double(), converged, several)
+
+
+class _Objective:
+    """Mean cross-entropy with its penalty, as a function of weights (C, K + 1), the last column being the biases."""
+
+    def __init__(self, axes: _Axes, y: Tensor, classes: int, strength: float, fixed: Tensor) -> None:
+        """Of labels ``y``, places (N,) among so many classes or (N, C) bool; ``fixed`` (C,) classes aren't fitted."""
+        self.x, self.variances, self.fixed = axes.x, axes.variances, fixed
+        self.y = y if y.ndim == 1 else y.float()
+        self.rows = torch.arange(len(y), device=y.device)
+        # Two classes have one difference of weights, of which each gets half: a quarter of the square, twice.
+        twice = y.ndim == 1 and classes == 2
+        self.penalty = torch.full_like(self.variances, strength * (2 if twice else 1))
+        self.penalty[-1] = 0
+        # Written over at every call: fresh memory of this size costs more than the arithmetic.
+        self.logits = self.x.new_empty(len(y), classes)
+
+    def __call__(self, weight: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Value, gradient (C, K + 1), and the diagonal of the Hessian, nearly, in the same shape."""
+        logits = torch.mm(self.x, weight.T, out=self.logits)  # (N, C)
+        if self.y.ndim == 1:
+            log_p = torch.log_softmax(logits, 1, out=logits)
+            loss = -log_p[self.rows, self.y].sum(dtype=torch.float64)
+            p = log_p.clamp_(min=_LEAST).exp_()
+        else:
+            # From the logit z of a label that is y: log(1 + exp(z)) - y z.
+            loss = (F.softplus(logits) - logits * self.y).sum(dtype=torch.float64)
+            p = logits.clamp_(min=_LEAST).sigmoid_()
+        # As if a sample's uncertainty had nothing to do with its features.
+        curvature = ((p.sum(0) - torch.linalg.vector_norm(p, dim=0).square()) / len(p)).clamp(min=1e-12)
+        if self.y.ndim == 1:
+            p[self.rows, self.y] -= 1
+        else:
+            p -= self.y
+        penalised = weight * self.penalty
+        gradient = (torch.mm(p.T, self.x) / len(p) + penalised).masked_fill_(self.fixed[:, None], 0.0)
+        value = loss / len(p) + (penalised * weight).sum(dtype=torch.float64) / 2
+        return value.item(), gradient, curvature[:, None] * self.variances + self.penalty
+
+
+def _minimise(objective: _Objective, weight: Tensor, max_iter: int) -> tuple[Tensor, bool]:
+    """L-BFGS from ``weight``; returns where it ended and whether it converged.
+
+    It is preconditioned with the diagonal of the Hessian and searches along a line by the slope where rounding hides
+    the decrease.
+
+    Source: Nocedal & Wright, Numerical Optimization (2nd edition), algorithms 7.4 and 7.5; for the line search Hager &
+    Zhang 2005, A New Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search, section 4.
+    """
+    tolerance = max(_LEAST_TOLERANCE, _TOLERANCE * min(1, len(objective.x) / 20_000) ** 2)
+    value, gradient, diagonal = objective(weight)
+    pairs: list[tuple[Tensor, Tensor, float]] = []
+    for _ in range(max_iter):
+        if _dot(gradient, gradient / diagonal) / 2 <= tolerance:
+            return weight, True
+        direction = _direction(gradient, diagonal, pairs)
+        slope, length = _dot(direction, gradient), 1.0
+        while True:
+            there = torch.add(weight, direction, alpha=length)
+            value_there, gradient_there, diagonal_there = objective(there)
+            slope_there = _dot(direction, gradient_there)
+            decreased = value_there <= value + 1e-4 * length * slope
+            level = value_there <= value + _ROUNDING * abs(value) and slope_there <= -0.9 * slope
+            if decreased or level:
+                break
+            # To where the slope would be zero if it were linear.
+            length *= min(0.5, max(0.1, slope / (slope - slope_there)))
+            if length < 1e-8:
+                return weight, False
+        step, change = there - weight, gradient_there - gradient
+        curvature = _dot(step, change)
+        if curvature > 0:
+            pairs = [*pairs, (step, change, curvature)][-_MEMORY:]
+        weight, value, gradient, diagonal = there, value_there, gradient_there, diagonal_there
+    return weight, _dot(gradient, gradient / diagonal) / 2 <= tolerance
+
+
+def _direction(gradient: Tensor, diagonal: Tensor, pairs: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """Minus the inverse Hessian, as ``diagonal`` and ``pairs`` have it, times ``gradient``."""
+    direction, shares = -gradient, []
+    for step, change, curvature in reversed(pairs):
+        shares.append(_dot(step, direction) / curvature)
+        direction.sub_(change, alpha=shares[-1])
+    direction /= diagonal
+    if pairs:
+        _, change, curvature = pairs[-1]
+        direction *= curvature / _dot(change, change / diagonal)
+    for (step, change, curvature), share in zip(pairs, reversed(shares), strict=True):
+        direction.add_(step, alpha=share - _dot(change, direction) / curvature)
+    return direction
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return (a * b).sum(dtype=torch.float64).item()
+
+
+def _checked(name: str, split: Split, several: bool = False) -> Split:
+    """``split`` as float64 features and int64 or bool labels, or a ValueError that calls it ``name``."""
     x, y = split
-    if x.ndim != 2 or y.ndim != 1 or len(x) != len(y):
-        raise ValueError(f"{name} must be x (N, D) and y (N,), got x {tuple(x.shape)} and y {tuple(y.shape)}")
+    shape = "(N, C) bool" if several else "(N,)"
+    if x.ndim != 2 or y.ndim != 1 + several or len(x) != len(y):
+        raise ValueError(f"{name} must be x (N, D) and y {shape}, got x {tuple(x.shape)} and y {tuple(y.shape)}")
     if not x.numel():
         raise ValueError(f"{name} must have at least one row and one feature, got x {tuple(x.shape)}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+    if several and y.dtype != torch.bool:
+        raise ValueError(f"{name} labels of shape (N, C) must be bool, got {y.dtype}")
+    if not several and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
         raise ValueError(f"{name} labels must be integers, got {y.dtype}")
     broken = int((~x.isfinite().all(1)).sum())
     if broken:
         raise ValueError(f"{name} features must be finite, got NaN or infinity in {broken} of {len(x)} rows")
-    return Split(x.detach().double(), y.long())
+    return Split(x.detach().double(), y if several else y.long())
 
 
 def _check_compatible(train: Split, **others: Split) -> None:
     """Raise a ValueError unless the others can be predicted by a classifier fitted on ``train``."""
+    for name, split in others.items():
+        if split.x.shape[1] != train.x.shape[1]:
+            raise ValueError(f"{name} must have the {train.x.shape[1]} features of train, got {split.x.shape[1]}")
+    if train.y.ndim == 2:
+        for name, split in {"train": train, **others}.items():
+            if split.y.shape[1] != train.y.shape[1]:
+                raise ValueError(f"{name} must have the {train.y.shape[1]} labels of train, got {split.y.shape[1]}")
+            if not (split.y.any(0) & ~split.y.all(0)).any():
+                raise ValueError(f"{name} must have a label that some rows have and others lack, got none")
+        return
     classes = torch.unique(train.y)
     if len(classes) < 2:
         raise ValueError(f"train must have at least two classes, got only class {classes.item()}")
     for name, split in others.items():
-        if split.x.shape[1] != train.x.shape[1]:
-            raise ValueError(f"{name} must have the {train.x.shape[1]} features of train, got {split.x.shape[1]}")
         unseen = torch.unique(split.y[~torch.isin(split.y, classes)]).tolist()
         if unseen:
             raise ValueError(f"{name} must hold only classes present in train, got unseen {unseen}")

@@ -1,10 +1,59 @@
-"""Accuracy, its bootstrap interval, and the two baselines an accuracy is read against."""
+"""Metrics of classification with their bootstrap intervals, and the two baselines an accuracy is read against."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Bounds the index matrix of one batch of resamples at 32 MiB, whatever the size of the test set.
+# Bounds one batch of resamples at 32 MiB of weights, whatever the size of the test set.
 _DRAWS_PER_BATCH = 2**22
+
+
+class Metric(NamedTuple):
+    """One number.
+
+    Attributes:
+        value: a fraction in [0, 1] where it is a share.
+        interval: its 95 % bootstrap interval as (low, high); None where none was asked for or none can be drawn.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+class ProbeResult(NamedTuple):
+    """Outcome of a probe, whichever it is.
+
+    Attributes:
+        metrics: on the test split, by name.
+        chosen: hyper-parameters that validation chose and the validation score that they were chosen by.
+        predicted: labels predicted for the test split: (N,) int64 ids, or (N, C) bool where a sample has several.
+        correct: (N,) float64, how right each test sample is, for comparisons of two probes sample by sample: 0 or 1,
+            or the share of a sample's labels, or of the repetitions of a probe, that are right.
+        classifier: what was fitted, where it outlives the probe.
+    """
+
+    metrics: dict[str, Metric]
+    chosen: dict[str, float]
+    predicted: Tensor
+    correct: Tensor
+    classifier: Any = None
+
+    @property
+    def top1(self) -> float:
+        """Test accuracy, in [0, 1]."""
+        return self.metrics["top1"].value
+
+    @property
+    def strength(self) -> float:
+        """The chosen L2 strength."""
+        return self.chosen["strength"]
+
+    @property
+    def val_top1(self) -> float:
+        """The validation accuracy by which the choice was made, in [0, 1]."""
+        return self.chosen["val_top1"]
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
@@ -19,6 +68,115 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
             f"got {tuple(predicted.shape)} and {tuple(labels.shape)}"
         )
     return (predicted == labels).double().mean().item()
+
+
+def classification(
+    scores: Tensor, labels: Tensor, classes: Tensor, *, groups: Tensor | None = None, samples: int = 1000
+) -> dict[str, Metric]:
+    """Metrics of ``scores`` (N, C), where each sample has one of ``labels`` (N,); ``classes`` (C,) are the columns'.
+
+    ``top1``; ``top5``, left out with five classes or fewer, where it is 1 by definition; ``precision``, ``recall`` and
+    ``f1``, unweighted means over classes, and ``mean_per_class`` accuracy, which is ``recall`` under its other name.
+    The means are over the classes that occur in ``labels``: one that was only predicted adds no term, but its
+    samples miss in the recall of their own. A class that is never predicted has precision and F1 of 0. This is
+    scikit-learn's ``average="macro", labels=unique(labels), zero_division=0``. Of equal scores the first column wins,
+    and a score of minus infinity is in no top 5. A label that is not among ``classes`` is wrong in everything and is a
+    class of its own in the means.
+
+    Intervals are those of ``bootstrap_interval`` with ``groups`` (N,) and ``samples``; a resample's means are over the
+    classes that occur in it. None with ``samples=0`` or a single group.
+
+    Raises:
+        ValueError: shapes that do not fit or no rows; ``groups`` misshapen; ``samples`` below 0.
+    """
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or classes.shape != scores.shape[1:] or not len(scores):
+        raise ValueError(
+            "classification needs scores (N, C), labels (N,) and classes (C,) with N >= 1, "
+            f"got {tuple(scores.shape)}, {tuple(labels.shape)} and {tuple(classes.shape)}"
+        )
+    scores, labels, classes = scores.detach().cpu(), labels.cpu(), classes.cpu()
+    present, truth = torch.unique(labels, return_inverse=True)
+    top = classes[scores.argmax(1)]
+    hit = (top == labels).double()
+    # Predictions by their place among the present classes; those of other classes go to one place past the end.
+    place = torch.searchsorted(present, top).clamp(max=len(present) - 1)
+    place = torch.where(present[place] == top, place, len(present))
+    column = (labels[:, None] == classes).int().argmax(1, keepdim=True)
+    own = torch.where(torch.isin(labels, classes)[:, None], scores.gather(1, column), -torch.inf)
+    before = (scores > own) | ((scores == own) & (torch.arange(len(classes)) < column))
+    hit5 = ((before.sum(1) < 5) & (own[:, 0] > -torch.inf)).double()
+
+    def score(weights: Tensor) -> dict[str, Tensor]:  # (B, N) -> (B,) each
+        def per_class(index: Tensor, values: Tensor) -> Tensor:
+            return values.new_zeros(len(values), len(present) + 1).index_add_(1, index, values)[:, :-1]
+
+        right, total = per_class(truth, weights * hit), weights.sum(1)
+        of_class, as_class = per_class(truth, weights), per_class(place, weights)
+        count = (of_class > 0).sum(1)
+        recall = (right / of_class.clamp(min=1)).sum(1) / count
+        precision = (right / as_class.clamp(min=1) * (of_class > 0)).sum(1) / count
+        f1 = (2 * right / (of_class + as_class).clamp(min=1) * (of_class > 0)).sum(1) / count
+        found = {"top1": weights @ hit / total, "mean_per_class": recall}
+        if len(classes) > 5:
+            found["top5"] = weights @ hit5 / total
+        return {**found, "precision": precision, "recall": recall, "f1": f1}
+
+    return _measured(score, len(labels), groups, samples)
+
+
+def multilabel(
+    scores: Tensor, labels: Tensor, *, groups: Tensor | None = None, samples: int = 1000
+) -> dict[str, Metric]:
+    """``map`` and ``auc`` of ``scores`` (N, C), where ``labels`` (N, C) bool say which of C classes each sample has.
+
+    ``map`` is the unweighted mean over classes of the average precision, sum of precision times gain of recall over
+    the thresholds, without interpolation; ``auc`` that of the area under the ROC curve, ties counting half. Both equal
+    scikit-learn's ``average_precision_score`` and ``roc_auc_score`` with ``average="macro"`` over the classes that can
+    be scored: those that some sample has, for ``auc`` also some sample lacks. The others are left out of the mean,
+    of a resample's too; a resample that has none to score does not count.
+
+    Intervals as in ``classification``.
+
+    Raises:
+        ValueError: shapes that do not fit, no rows or labels that are not bool; no class that some samples have and
+            others lack; ``groups`` misshapen; ``samples`` below 0.
+    """
+    if scores.ndim != 2 or labels.shape != scores.shape or not scores.numel() or labels.dtype != torch.bool:
+        raise ValueError(
+            "multilabel needs scores (N, C) and labels (N, C) bool with N, C >= 1, "
+            f"got {tuple(scores.shape)} and {tuple(labels.shape)} {labels.dtype}"
+        )
+    scores, labels = scores.detach().cpu(), labels.cpu()
+    if not (labels.any(0) & ~labels.all(0)).any():
+        raise ValueError("multilabel needs a class that some samples have and others lack, got none")
+    columns = []
+    for column, truth in zip(scores.T, labels.T, strict=True):
+        if truth.any():
+            ranked, order = column.sort(descending=True, stable=True)
+            _, run, lengths = ranked.unique_consecutive(return_inverse=True, return_counts=True)
+            last = lengths.cumsum(0)[run]  # rows down to the last of equal score
+            columns.append((order, truth[order], last, last - lengths[run]))
+
+    def score(weights: Tensor) -> dict[str, Tensor]:
+        precisions, areas = [], []
+        for order, truth, last, before in columns:
+            ranked = weights[:, order]
+            positive = ranked * truth
+            # With a column of zeros in front, so that sums down to no row are 0.
+            above = torch.nn.functional.pad(ranked.cumsum(1), (1, 0))
+            hits = torch.nn.functional.pad(positive.cumsum(1), (1, 0))
+            positives = hits[:, -1]
+            negatives = above[:, -1] - positives
+            own = positive[:, truth]
+            down, up = last[truth], before[truth]
+            precision = hits[:, down] / above[:, down].clamp(min=1)
+            precisions.append((own * precision).sum(1) / positives)  # NaN without positives
+            # Negatives that rank above a positive, those of its own score by half.
+            worse = ((above - hits)[:, down] + (above - hits)[:, up]) / 2
+            areas.append(1 - (own * worse).sum(1) / (positives * negatives))
+        return {"map": torch.stack(precisions).nanmean(0), "auc": torch.stack(areas).nanmean(0)}
+
+    return _measured(score, len(labels), groups, samples)
 
 
 def bootstrap_interval(
@@ -42,26 +200,51 @@ def bootstrap_interval(
         raise ValueError(f"correct must be (N,) with N >= 1, got {tuple(correct.shape)}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    totals = correct.detach().double().cpu()
-    sizes = torch.ones_like(totals)
+    values = correct.detach().double().cpu()
     if groups is not None:
         if groups.shape != correct.shape:
             raise ValueError(f"groups must be {tuple(correct.shape)} like correct, got {tuple(groups.shape)}")
-        ids, member_of = torch.unique(groups.cpu(), return_inverse=True)
-        if len(ids) < 2:
-            raise ValueError(f"groups must hold at least 2 groups, got only group {ids.item()}")
-        totals = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, member_of, totals)
-        sizes = member_of.bincount().double()
+        if len(torch.unique(groups)) < 2:
+            raise ValueError(f"groups must hold at least 2 groups, got only group {groups[0].item()}")
+    means = [weights @ values / weights.sum(1) for weights in _resamples(len(values), groups, samples, seed)]
+    return _percentiles(torch.cat(means))
 
+
+def _measured(
+    score: Callable[[Tensor], dict[str, Tensor]], rows: int, groups: Tensor | None, samples: int
+) -> dict[str, Metric]:
+    """Each number of ``score``, a function of the rows' weights (B, N), with its interval."""
+    if groups is not None and groups.shape != (rows,):
+        raise ValueError(f"groups must be ({rows},) like the labels, got {tuple(groups.shape)}")
+    if samples < 0:
+        raise ValueError(f"samples must be at least 0, got {samples}")
+    values = {name: value.item() for name, value in score(torch.ones(1, rows, dtype=torch.float64)).items()}
+    if not samples or (groups is not None and len(torch.unique(groups)) < 2):
+        return {name: Metric(value) for name, value in values.items()}
+    drawn = [score(weights) for weights in _resamples(rows, groups, samples, seed=0)]
+    return {
+        name: Metric(value, _percentiles(torch.cat([part[name] for part in drawn]))) for name, value in values.items()
+    }
+
+
+def _resamples(rows: int, groups: Tensor | None, samples: int, seed: int) -> Iterator[Tensor]:
+    """How often each row occurs in each resample of rows or of whole groups: (b, N) float64, b rows at a time."""
+    units, member_of = rows, None
+    if groups is not None:
+        ids, member_of = torch.unique(groups.cpu(), return_inverse=True)
+        units = len(ids)
     generator = torch.Generator().manual_seed(seed)
-    units = len(totals)
-    batch = max(1, _DRAWS_PER_BATCH // units)
-    means = []
+    batch = max(1, _DRAWS_PER_BATCH // rows)
     for start in range(0, samples, batch):
-        rows = min(batch, samples - start)
-        draws = torch.randint(units, (rows, units), generator=generator)
-        means.append(totals[draws].sum(1) / sizes[draws].sum(1))
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        draws = torch.randint(units, (min(batch, samples - start), units), generator=generator)
+        counts = torch.zeros(draws.shape, dtype=torch.float64)
+        counts.scatter_add_(1, draws, torch.ones((), dtype=torch.float64).expand_as(counts))
+        yield counts if member_of is None else counts[:, member_of]
+
+
+def _percentiles(values: Tensor) -> tuple[float, float]:
+    """2.5 % and 97.5 % quantiles of (B,) values, NaN left out."""
+    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

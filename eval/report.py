@@ -1,22 +1,101 @@
-"""Results as a file and as a table."""
+"""Results as files, results.json and the reports made of it, and as a table.
+
+results.json is ``{"schema": 2, "about": ..., "results": {TASK: ENTRY}}``. ``about`` names the encoder, the splits and
+the settings. TASK is a task and what it is about, such as ``linear/image``. ENTRY has
+
+- ``metrics``: name -> ``value``, a fraction where it is a share, and ``interval``, its 95 % interval or null;
+- ``baselines``: ``random_init`` (the architecture with random weights), ``raw`` (the input itself), ``majority`` and
+  ``chance`` -> metric -> value, as far as they have it;
+- ``chosen``: what validation samples chose, if anything; ``counts``: of samples, distinct inputs, queries.
+
+Beside it are predictions.safetensors, for `eval.compare`: ``TASK.correct`` (n,), how right each test sample is,
+``TASK.rows``, its place in the split, and ``TASK.content``, equal for equal inputs; and page.json, see `eval.page`.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from safetensors.torch import save
+from torch import Tensor
+
+from data.errors import UserError
+from data.index import write_whole
+from eval import html, markdown
+from eval.compare import aligned
+
+SCHEMA = 2
+RESULTS, PREDICTIONS, PAGE = "results.json", "predictions.safetensors", "page.json"
+HEADER = ("task", "metric", "score", "95 % interval", "random encoder", "raw input", "chance")
+# What the table shows of a task; the reports show all.
+HEADLINES = {
+    "linear": ("top1", "map"),
+    "knn": ("top1",),
+    "fewshot": ("top1_1shot", "top1_10shot"),
+    "zeroshot": ("top1",),
+    "retrieval": ("r1", "r5", "r10"),
+    "fusion": ("top1",),
+}
 
 Results = dict[str, dict[str, Any]]
-"""Task and modality, such as ``linear/image`` -> metric -> value; fractions in 0 .. 1, intervals as pairs."""
+"""Task -> entry, see above."""
+
+
+class ReportError(UserError):
+    """A folder that holds no results, or other ones than this version reads."""
 
 
 def write_results(path: Path, results: Results, about: Mapping[str, Any]) -> None:
-    """Write ``{"schema": 1, "about": ..., "results": ...}`` aside, then rename it."""
+    """Write results.json, whole or not at all."""
+    document = {"schema": SCHEMA, "about": about, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"schema": SCHEMA, "about": about, "results": results}, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_evaluation(
+    folder: Path,
+    results: Results,
+    about: Mapping[str, Any],
+    predictions: Mapping[str, Tensor],
+    page: Mapping[str, Any],
+) -> None:
+    """Write everything that there is of an evaluation into a folder, results.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / PREDICTIONS, save({name: tensor.clone() for name, tensor in predictions.items()}))
+    write_whole(folder / PAGE, (json.dumps(page, allow_nan=False) + "\n").encode())
+    document = {"schema": SCHEMA, "about": json.loads(json.dumps(about)), "results": results}
+    _write_reports(folder, document, page)
+    write_results(folder / RESULTS, results, about)
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """Make report.md and report.html anew from results.json and page.json; returns their paths.
+
+    Raises:
+        ReportError: a file is missing or damaged, or of another schema.
+    """
+    found = {}
+    for name in (RESULTS, PAGE):
+        try:
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ReportError(f"{folder}: no {name}; `python -m eval run ... --out {folder}` makes one") from error
+        except ValueError as error:
+            raise ReportError(f"{folder / name} is damaged: {error}") from error
+    if found[RESULTS].get("schema") != SCHEMA:
+        raise ReportError(
+            f"{folder / RESULTS}: schema {found[RESULTS].get('schema')}; this version reads {SCHEMA}. Evaluate again"
+        )
+    return _write_reports(folder, found[RESULTS], found[PAGE])
+
+
+def _write_reports(folder: Path, document: Mapping[str, Any], page: Mapping[str, Any]) -> list[Path]:
+    title = f"Evaluation of {document['about'].get('encoder', {}).get('name', 'an encoder')}"
+    paths = [folder / "report.md", folder / "report.html"]
+    for path, text in zip(paths, (markdown.render(document, title), html.render(document, page, title)), strict=True):
+        write_whole(path, text.encode())
+    return paths
 
 
 def read_results(path: Path, about: Mapping[str, Any]) -> Results | None:
@@ -32,32 +111,19 @@ def read_results(path: Path, about: Mapping[str, Any]) -> Results | None:
 
 
 def table(results: Results) -> str:
-    """The results with their 95 % intervals beside every baseline, as aligned text."""
-    header = ("task", "metric", "score", "95 % interval", "random encoder", "raw input", "chance")
-    lines: list[tuple[str, ...]] = [header]
-    for task, metrics in results.items():
-        for metric in ("top1", "r1", "r5", "r10"):
-            if metric in metrics:
-                baselines = [metrics.get(name, {}).get(metric) for name in ("random_init", "raw", "chance")]
-                interval = metrics.get("interval")
-                lines.append(
-                    (
-                        task,
-                        metric,
-                        _percent(metrics[metric]),
-                        f"{_percent(interval[0])} .. {_percent(interval[1])}" if interval else "",
-                        *(_percent(value) for value in baselines),
-                    )
-                )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    texts = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
+    """What matters most of the results with 95 % intervals, beside every baseline, as aligned text."""
+    lines: list[tuple[str, ...]] = [
+        ("task", "metric", "score", "95 % interval", "random encoder", "raw input", "chance")
     ]
-    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+    for task, entry in results.items():
+        for metric in HEADLINES.get(task.partition("/")[0], ()):
+            if metric in entry["metrics"] and "_without_" not in task:
+                found = entry["metrics"][metric]
+                interval = found["interval"]
+                baselines = (entry["baselines"].get(name, {}).get(metric) for name in ("random_init", "raw", "chance"))
+                ends = f"{_percent(interval[0])} .. {_percent(interval[1])}" if interval else ""
+                lines.append((task, metric, _percent(found["value"]), ends, *map(_percent, baselines)))
+    return aligned(lines, left=(0, 1))
 
 
 def _percent(value: float | None) -> str:

@@ -2,37 +2,27 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.linear import Split, _checked
-from eval.metrics import accuracy
+from eval.linear import Classifier, Split, _checked, standardise
+from eval.metrics import ProbeResult, classification
 
 DEFAULT_STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 3))
 """One L2 strength per decade, from 1e-5 to 100."""
 
 
-class RidgeResult(NamedTuple):
-    """Outcome of ``ridge_probe``.
-
-    Attributes:
-        top1: accuracy on val, a fraction in [0, 1].
-        strength: the chosen L2 strength.
-        left_out: mean squared error on train at ``strength``, each row left out once; the choice was made by it.
-        predicted: (N,) int64 label ids predicted for val.
-    """
-
-    top1: float
-    strength: float
-    left_out: float
-    predicted: Tensor
-
-
-def ridge_probe(train: Split, val: Split, *, strengths: Sequence[float] = DEFAULT_STRENGTHS) -> RidgeResult:
-    """Accuracy on ``val`` of a ridge classifier fitted on the frozen features of ``train``.
+def ridge_probe(
+    train: Split,
+    val: Split,
+    *,
+    strengths: Sequence[float] = DEFAULT_STRENGTHS,
+    content: Tensor | None = None,
+    samples: int = 0,
+) -> ProbeResult:
+    """Metrics on ``val`` of a ridge classifier fitted on the frozen features of ``train``.
 
     Features are standardised by the mean and standard deviation of ``train``. Per class the classifier minimises the
     mean squared error of a 0/1 target + strength * ||w||^2, the intercept unpenalised, in float64; the class of the
@@ -43,6 +33,10 @@ def ridge_probe(train: Split, val: Split, *, strengths: Sequence[float] = DEFAUL
     A ``strength`` is scikit-learn's ``RidgeClassifier(alpha=strength * N)`` for N fitted rows, and the choice that of
     ``RidgeClassifierCV``. The leave-one-out errors are those of N fits, in closed form (Hastie, Tibshirani & Friedman,
     The Elements of Statistical Learning, 2nd edition, equation 7.64), but on features that are standardised once.
+
+    Metrics are those of ``eval.metrics.classification``, with intervals from ``samples`` resamples by ``content``
+    (N of val,); none by default, for a training loop. ``chosen`` has ``strength`` and ``left_out``, the mean squared
+    error on train at that strength, each row left out once.
 
     Raises:
         ValueError: a split is empty, misshapen or holds NaN or infinity; its labels are not integers; the two differ
@@ -57,9 +51,7 @@ def ridge_probe(train: Split, val: Split, *, strengths: Sequence[float] = DEFAUL
     if len(classes) < 2:
         raise ValueError(f"train must have at least two classes, got only class {classes.item()}")
 
-    mean = train.x.mean(0)
-    constant = train.x.amin(0) == train.x.amax(0)  # whose deviation may be rounding only, not 0
-    std = train.x.std(0, correction=0).masked_fill(constant, 1.0)
+    mean, std = standardise(train.x)
     x, n = (train.x - mean) / std, len(train.x)
     targets = F.one_hot(y).double()  # (N, C)
     prior = targets.mean(0)  # the intercepts, features being centred
@@ -80,6 +72,12 @@ def ridge_probe(train: Split, val: Split, *, strengths: Sequence[float] = DEFAUL
         if left_out < lowest:
             chosen, best, lowest = weight, strength, left_out
 
-    outputs = ((val.x - mean) / std) @ vectors @ chosen + prior
-    predicted = classes[outputs.argmax(1)]
-    return RidgeResult(accuracy(predicted, val.y), best, lowest, predicted)
+    classifier = Classifier(classes, mean, std, (vectors @ chosen).T, prior, converged=True)
+    predicted = classifier.predict(val.x)
+    return ProbeResult(
+        metrics=classification(classifier.scores(val.x), val.y, classes, groups=content, samples=samples),
+        chosen={"strength": best, "left_out": lowest},
+        predicted=predicted,
+        correct=(predicted == val.y).double(),
+        classifier=classifier,
+    )

@@ -1,286 +1,221 @@
-"""Score an encoder: linear probe, zero-shot and retrieval by class, each beside its baselines.
+"""Score an encoder, each number beside its baselines; see eval/__main__.py for the command line."""
 
-    python -m eval.run runs/digits/checkpoints/last --train 'shards/digits/train-*.tar' \
-        --val 'shards/digits/val-*.tar' --test 'shards/digits/test-*.tar' --label label
-"""
-
-import argparse
-import hashlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import permutations
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from data.errors import UserError
-from data.index import find_shards, load_shards
 from data.source import Source
-from data.text import load_tokenizer
-from data.transforms import make_field
-from eval.features import Features, extract
-from eval.linear import Split, linear_probe
-from eval.metrics import bootstrap_interval, chance, majority
-from eval.monitor import MonitorConfig
-from eval.report import Results, table, write_results
-from eval.retrieval import retrieval, retrieval_chance
-from eval.zeroshot import class_embeddings, zero_shot
-from pretrain.model.encoder import Encoder
+from eval.encoders import Pretrained, Raw
+from eval.features import Features, World, sweep
+from eval.fusion import Part
+from eval.joint import joint_features
+from eval.linear import Split
+from eval.page import Joint, class_names, make
+from eval.report import Results
+from eval.ridge import ridge_probe
+from eval.scored import LAST, Scored
+from eval.splits import hold_out, label_ids, part
+from eval.tasks import SPLITS, TASKS, EvalConfig, EvaluationError, Outcome, Study
 
-RETRIEVED = (1, 5, 10)
-
-
-class EvaluationError(UserError):
-    """Data that can't be scored; says which task and why."""
+PROBES = ("linear", "knn", "fewshot")
 
 
-@dataclass
-class EvalConfig:
-    """The evaluation of the finished encoder; it needs `data.val` and `data.test`."""
+class Evaluation(NamedTuple):
+    """All that is found out about an encoder.
 
-    label: str | None = None
-    """Field of each sample's .json that holds its class, a number or a name; null skips the evaluation."""
-    classes: list[str] = field(default_factory=list)
-    """Names of the classes for zero-shot, in the order of the numbers; empty skips zero-shot."""
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
-    """Prompts for zero-shot; {} is replaced by the class's name."""
-    batch_size: int = 256
-    """Samples per pass."""
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    """Looks at the encoder during training."""
+    Attributes:
+        results: task -> entry, as in results.json.
+        predictions: of test samples, as in predictions.safetensors.
+        page: what the report draws, as in page.json.
+        skipped: task -> why it was not done.
+    """
 
-    def __post_init__(self) -> None:
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise EvaluationError(f"eval.templates: {template!r} must hold {{}} once, for the class's name")
-        if self.classes and not self.templates:
-            raise EvaluationError("eval.templates is empty: zero-shot needs at least one")
-        if self.batch_size < 1:
-            raise EvaluationError(f"eval.batch_size={self.batch_size}: allowed is 1 or more")
+    results: Results
+    predictions: dict[str, Tensor]
+    page: dict[str, Any]
+    skipped: dict[str, str]
 
 
 def evaluate(
-    encoder: Encoder,
-    tokenizer: PreTrainedTokenizerBase,
+    scored: Scored,
     splits: Mapping[str, Source],
     config: EvalConfig,
     device: torch.device,
     workers: int,
-) -> Results:
-    """All tasks that the encoder's modalities allow.
+    *,
+    cache: Path | None = None,
+    layers: tuple[int, ...] = (LAST,),
+    poolings: tuple[str, ...] = ("default",),
+    group: str | None = None,
+    run: Path | None = None,
+    world: World | None = None,
+) -> Evaluation:
+    """All tasks of ``config`` that the encoder's modalities and the labels allow.
 
     Args:
-        encoder: left in evaluation mode on ``device``.
-        tokenizer: the one that it was trained with.
-        splits: ``train``, ``val`` and ``test``.
-        config: names the label, the classes and the templates.
+        scored: the encoder; left in evaluation mode on ``device``.
+        splits: ``train``, ``test`` and ``val``; without the latter a tenth of train serves for it.
+        config: names the label, the classes, the templates and the tasks.
         device: where the encoder runs.
         workers: processes that read ahead; 0 reads in this one.
-
-    Returns:
-        ``linear/M`` with top1, interval, majority, and beside it random_init, raw and chance; ``zeroshot/M``
-        likewise without raw; ``retrieval/A_to_B`` with r1, r5, r10.
+        cache: folder that keeps features; None keeps none.
+        layers: see `Scored.encode`; of several layers and poolings validation chooses, for each modality.
+        poolings: likewise.
+        group: field of each sample's .json; samples of one group stay together where validation is cut from train.
+        run: the run's folder, whose curves and pictures the report shows.
+        world: ranks that share the passes, and then all do the tasks; None: this process alone.
 
     Raises:
         SampleError: a sample that can't be read or has no label.
-        EvaluationError: labels that don't fit ``config.classes``, or that a probe refuses.
+        EvaluationError: labels that don't fit ``config.classes``, or that a task refuses.
     """
-    labels = read_labels(splits, config)
-    encoders = [encoder, random_encoder(encoder)]
-    trained, random_init = {}, {}
-    for name, source in splits.items():
-        trained[name], random_init[name] = extract(
-            encoders, tokenizer, source, labels[name], device, config.batch_size, workers
+    world = world or World()
+    labels, names = _labels(splits, config)
+    random = None if isinstance(scored, Raw) else scored.random()
+    several = [scored] if random is None else [scored, random]
+    found: list[dict[tuple[int, str], dict[str, dict[str, Features]]]] = [{} for _ in several]
+    for split, source in splits.items():
+        swept = sweep(
+            several, source, labels[split], cache, device, config.batch_size, workers, layers, poolings, world=world
         )
-    results: Results = {}
-    for modality in trained["test"]:
-        for split in ("train", "val"):
-            if modality not in trained[split]:
-                raise EvaluationError(f"linear/{modality}: the test split has {modality}, the {split} split has none")
-        with _task(f"linear/{modality}"):
-            results[f"linear/{modality}"] = _linear(modality, trained, random_init)
-    if config.classes and encoder.views.text is not None:
-        targets, random_targets = (class_prompts(model, tokenizer, config, device) for model in encoders)
-        for modality in (name for name in trained["test"] if name != "text"):
-            with _task(f"zeroshot/{modality}"):
-                zero = _zero_shot(trained["test"][modality], targets)
-                zero["random_init"] = {"top1": _zero_shot(random_init["test"][modality], random_targets)["top1"]}
-                results[f"zeroshot/{modality}"] = zero
-    for a, b in permutations(trained["test"], 2):
-        with _task(f"retrieval/{a}_to_{b}"):
-            found = _retrieval(trained["test"][a], trained["test"][b])
-            untrained = _retrieval(random_init["test"][a], random_init["test"][b])
-            found["random_init"] = {key: value for key, value in untrained.items() if key in found["chance"]}
-            results[f"retrieval/{a}_to_{b}"] = found
-    return results
+        for features, by_key in zip(found, swept, strict=True):
+            for key, of_split in by_key.items():
+                features.setdefault(key, {})[split] = of_split
+    if "val" not in splits:
+        groups = None if group is None else splits["train"].labels(group)
+        held = hold_out(labels["train"], groups)
+        labels = {"train": labels["train"][~held], "val": labels["train"][held], "test": labels["test"]}
+        for features in found:
+            for by_split in features.values():
+                whole = by_split["train"]
+                by_split |= {"train": part(whole, ~held), "val": part(whole, held)}
+    trained, places = chosen_places(found[0])
+    untrained = {} if random is None else _at(found[1], places)
+
+    joint: dict[str, Part] = {}
+    without: dict[str, Part] = {}
+    if (
+        "fusion" in config.tasks
+        and isinstance(scored, Pretrained)
+        and len(trained["test"]) == len(scored.modalities) > 1
+    ):
+        joint, without = _joint(scored, splits, config, device, workers)
+        if "val" not in splits:
+            joint |= _cut(joint["train"], held)
+
+    study = Study(config, scored, random, trained, untrained, labels, names, joint, without)
+    outcome, skipped = run_tasks(study)
+    if len(found[0]) > 1:
+        for task, each in outcome.results.items():
+            kind, _, modality = task.partition("/")
+            if kind in PROBES:
+                layer, pooling = places[modality]
+                each["chosen"] = {"layer": layer, "pooling": pooling, **each.get("chosen", {})}
+    return Evaluation(outcome.results, outcome.predictions, _page(study, splits["test"], outcome, run), skipped)
 
 
-def read_labels(splits: Mapping[str, Source], config: EvalConfig) -> dict[str, list[int]]:
-    """The labels of every split as integers, in the order of the shards.
+def run_tasks(study: Study) -> tuple[Outcome, dict[str, str]]:
+    """What the tasks of the configuration find, and of those that can't be done why; see ``evaluate``."""
+    outcome, skipped = Outcome({}, {}, {}), dict[str, str]()
+    for name in study.config.tasks:
+        task = TASKS[name]
+        if task.labels and study.config.label is None:
+            skipped[name] = "there are no labels"
+        elif study.several and not task.several:
+            skipped[name] = "samples have several labels"
+        else:
+            try:
+                done = task.run(study)
+            except ValueError as error:
+                raise EvaluationError(f"{name}: {error}") from error
+            if not done.results:
+                skipped[name] = task.needs
+            outcome.results.update(done.results)
+            outcome.predictions.update(done.predictions)
+            outcome.confusions.update(done.confusions)
+    return outcome, skipped
 
-    Raises:
-        SampleError: a sample without a label.
-        EvaluationError: labels that are neither numbers nor names, or outside ``config.classes``.
-    """
+
+def _labels(splits: Mapping[str, Source], config: EvalConfig) -> tuple[dict[str, Tensor], list[str]]:
     if config.label is None:
-        raise EvaluationError("eval.label is null: there is nothing to score against")
+        return {name: torch.zeros(len(list(source.places())), dtype=torch.int64) for name, source in splits.items()}, []
     return label_ids({name: source.labels(config.label) for name, source in splits.items()}, config.classes)
 
 
-def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> dict[str, list[int]]:
-    """Labels as integers: numbers stay, names become their place in ``classes`` or, without, in sorted order.
+def chosen_places(
+    found: Mapping[tuple[int, str], Mapping[str, Mapping[str, Features]]],
+) -> tuple[dict[str, dict[str, Features]], dict[str, tuple[int, str]]]:
+    """Of each modality the layer and pooling that a ridge probe fitted on train reads best on val.
 
-    Raises:
-        EvaluationError: labels that are neither, or outside ``classes``.
+    Returns:
+        split -> modality -> features, and modality -> (layer, pooling).
     """
-    everything = [label for split in labels.values() for label in split]
-    if all(type(label) is int for label in everything):  # a bool is an int, too
-        outside = sorted({label for label in everything if classes and not 0 <= label < len(classes)})
-        if outside:
-            raise EvaluationError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")
-        return dict(labels)
-    if not all(isinstance(label, str) for label in everything):
-        kinds = sorted({type(label).__name__ for label in everything})
-        raise EvaluationError(f"labels must be all whole numbers or all names, got {', '.join(kinds)}")
-    names = list(classes) or sorted(set(everything))
-    unknown = sorted(set(everything) - set(names))
-    if unknown:
-        raise EvaluationError(f"labels {unknown[:5]} are not among eval.classes: {', '.join(names)}")
-    return {split: [names.index(label) for label in values] for split, values in labels.items()}
+    keys = list(found)
+    places: dict[str, tuple[int, str]] = {}
+    for modality in found[keys[0]]["test"]:
+        places[modality] = keys[0]
+        if len(keys) > 1:
+            scores = {}
+            for key in keys:
+                train, val = (found[key][split][modality] for split in ("train", "val"))
+                scores[key] = ridge_probe(Split(train.features, train.labels), Split(val.features, val.labels)).top1
+            places[modality] = max(keys, key=scores.__getitem__)
+    return _at(found, places), places
 
 
-def random_encoder(encoder: Encoder) -> Encoder:
-    """The same architecture with random weights, always the same ones."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Encoder(encoder.config, encoder.views, encoder.vocabulary)
-
-
-def about(encoder_folder: Path, splits: Mapping[str, Source], config: EvalConfig) -> dict[str, Any]:
-    """All that results depend on: the weights, the shards and the settings."""
-    with (encoder_folder / "model.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+def _at(
+    found: Mapping[tuple[int, str], Mapping[str, Mapping[str, Features]]], places: Mapping[str, tuple[int, str]]
+) -> dict[str, dict[str, Features]]:
     return {
-        "encoder": {"folder": str(encoder_folder), "sha256": weights},
-        "splits": {name: {"samples": len(source), "sha256": source.fingerprint} for name, source in splits.items()},
-        "eval": {name: value for name, value in asdict(config).items() if name != "monitor"},
+        split: {name: found[key][split][name] for name, key in places.items() if name in found[key][split]}
+        for split in SPLITS
     }
 
 
-def class_prompts(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, config: EvalConfig, device: torch.device
-) -> Tensor:
-    """One embedding per class from all templates: (C, E)."""
-    view = encoder.views.text
-    if view is None:
-        raise EvaluationError("zero-shot needs an encoder with text")
-    encoder = encoder.to(device).eval()
-    prompts = []
-    for name in config.classes:
-        texts = make_field(view, [template.replace("{}", name) for template in config.templates], tokenizer)
-        valid = None if texts.valid is None else texts.valid.to(device)
-        with torch.inference_mode():
-            _, embeddings = encoder("text", texts._replace(x=texts.x.to(device), valid=valid))
-        prompts.append(embeddings.cpu())
-    return class_embeddings(prompts)
+def _joint(
+    scored: Pretrained, splits: Mapping[str, Source], config: EvalConfig, device: torch.device, workers: int
+) -> tuple[dict[str, Part], dict[str, Part]]:
+    """Features of the joint pass of every split, and of the test split with each modality left out."""
+    names, joint, without = list(scored.modalities), dict[str, Part](), dict[str, Part]()
+    for split, source in splits.items():
+        sets = [names]
+        if split == "test":
+            sets += [[name for name in names if name != missing] for missing in names]
+        parts = joint_features(scored.encoder, scored.tokenizer, source, sets, device, config.batch_size, workers)
+        joint[split] = parts[0]
+        without |= dict(zip(names, parts[1:], strict=False))
+    return joint, without
 
 
-def _linear(
-    modality: str, trained: dict[str, dict[str, Features]], random_init: dict[str, dict[str, Features]]
+def _cut(whole: Part, held: Tensor) -> dict[str, Part]:
+    cut = {}
+    for split, chosen in (("train", ~held), ("val", held)):
+        mine = chosen[whole.rows]
+        cut[split] = Part(whole.features[mine], (chosen.cumsum(0) - 1)[whole.rows[mine]])
+    return cut
+
+
+def _page(study: Study, test: Source, outcome: Outcome, run: Path | None) -> dict[str, Any]:
+    joint = {}
+    for name, features in study.trained["test"].items():
+        if features.embeddings is not None:
+            classes = class_names(features.labels, study.names)
+            by_label = study.config.label is not None and not study.several
+            groups = features.labels if by_label else features.rows
+            joint[name] = Joint(features.embeddings, features.rows, classes, groups, features.content)
+    return make(test, joint, outcome.confusions, run)
+
+
+def about(
+    encoder: Mapping[str, str], splits: Mapping[str, Source], config: EvalConfig, **settings: Any
 ) -> dict[str, Any]:
-    def probe(features: dict[str, dict[str, Features]], raw: bool) -> tuple[dict[str, Any], Tensor]:
-        parts = [features[split][modality] for split in ("train", "val", "test")]
-        splits = [Split(part.raw if raw else part.features, part.labels) for part in parts]
-        result = linear_probe(*splits)
-        return {"top1": result.top1, "strength": result.strength, "val_top1": result.val_top1}, result.predicted
-
-    test = trained["test"][modality]
-    ours, predicted = probe(trained, raw=False)
+    """All that results depend on: the ``encoder``, by name and sha256, the shards and the settings."""
     return {
-        **ours,
-        "interval": _interval(predicted == test.labels, test.content),
-        "distinct_test_inputs": len(torch.unique(test.content)),
-        "random_init": probe(random_init, raw=False)[0],
-        "raw": probe(trained, raw=True)[0],
-        "chance": {"top1": chance(test.labels)},
-        "majority": {"top1": majority(trained["train"][modality].labels, test.labels)},
+        "encoder": dict(encoder),
+        "splits": {name: {"samples": len(source), "sha256": source.fingerprint} for name, source in splits.items()},
+        "eval": {name: value for name, value in asdict(config).items() if name != "monitor"} | settings,
     }
-
-
-def _zero_shot(test: Features, targets: Tensor) -> dict[str, Any]:
-    correct = (zero_shot(test.embeddings, targets) == test.labels).float()
-    return {
-        "top1": correct.mean().item(),
-        "interval": _interval(correct, test.content),
-        "distinct_test_inputs": len(torch.unique(test.content)),
-        "chance": {"top1": 1 / len(targets)},  # every class competes, also one that test lacks
-    }
-
-
-def _retrieval(queries: Features, gallery: Features) -> dict[str, Any]:
-    # Where modalities are missing, a class may have queries and nothing to be found.
-    answerable = torch.isin(queries.labels, gallery.labels)
-    embeddings, labels = queries.embeddings[answerable], queries.labels[answerable]
-    ks = tuple(k for k in RETRIEVED if k <= len(gallery.labels))
-    found = retrieval(embeddings, gallery.embeddings, labels, gallery.labels, ks)
-    expected = retrieval_chance(labels, gallery.labels, ks)
-    return {
-        **{f"r{k}": found[k] for k in ks},
-        "queries": len(labels),
-        "queries_without_match": int((~answerable).sum()),
-        "chance": {f"r{k}": expected[k] for k in ks},
-    }
-
-
-@contextmanager
-def _task(name: str) -> Iterator[None]:
-    """Say which task refused its data."""
-    try:
-        yield
-    except ValueError as error:
-        raise EvaluationError(f"{name}: {error}") from error
-
-
-def _interval(correct: Tensor, content: Tensor) -> list[float] | None:
-    """95 % interval over distinct inputs; samples with the same image or clip are one observation."""
-    if len(torch.unique(content)) < 2:
-        return None
-    return list(bootstrap_interval(correct.float(), groups=content))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for users' mistakes."""
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a pretrained encoder.")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as runs/digits/checkpoints/last")
-    for name in ("train", "val", "test"):
-        parser.add_argument(f"--{name}", nargs="+", required=True, metavar="SHARDS", help=f"{name} shards")
-    parser.add_argument("--label", default="label", help="field of the .json that holds the class")
-    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="class names, for zero-shot")
-    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, for zero-shot")
-    parser.add_argument("--out", type=Path, default=None, help="file for the results, as JSON")
-    arguments = parser.parse_args(argv)
-    try:
-        config = EvalConfig(arguments.label, arguments.classes, arguments.templates)
-        folder = arguments.checkpoint / "encoder"
-        splits = {
-            name: Source(load_shards(find_shards(getattr(arguments, name))), name) for name in ("train", "val", "test")
-        }
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder, tokenizer = Encoder.load(folder), load_tokenizer(folder / "tokenizer")
-        results = evaluate(encoder, tokenizer, splits, config, device, workers=0)
-        if arguments.out is not None:
-            write_results(arguments.out, results, about(folder, splits, config))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(results))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import UserError
 from data.stream import DataConfig
 from data.text import TokenizerConfig
-from eval.run import EvalConfig
+from eval.tasks import EvalConfig
 from objectives.pretraining import OBJECTIVES, ObjectivesConfig
 from pretrain.model.tokenizers import PRESETS, ModelConfig
 from pretrain.trackers import TrackerConfig

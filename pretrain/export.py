@@ -1,262 +1,325 @@
-"""The encoder's streams as stock `transformers` models: ViTModel, RobertaPreLayerNormModel, ASTModel.
+"""The encoder as `transformers` models: a folder per use, each loaded back and compared before it gets its name.
 
-The stock class is built from a config and filled, then saves itself, so that the files are what its own release
-writes and reads. Each export is loaded back and compared before it gets its final name.
+    python pretrain/export.py runs/digits exported                    # the run's newest checkpoint, or a checkpoint
+    python pretrain/export.py runs/digits exported --image-size 64 --audio-seconds 2 --dtype bfloat16 --onnx
+    python pretrain/export.py --check exported                        # is it still what was written?
 
-    python pretrain/export.py runs/digits/checkpoints/last exported
+image/ text/ audio/ are the streams, embed_image/ embed_text/ embed_audio/ give their contrastive embeddings,
+image_text/ compares pictures and captions as CLIP does, text/masked_lm/ fills gaps, joint/ reads several modalities as
+one sequence with code of its own; README.md in each says what it is and has the lines that load it.
 """
 
 import argparse
-import copy
-import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined] # whichever release of it that is
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    ASTConfig,
-    ASTFeatureExtractor,
-    ASTModel,
-    AutoModel,
-    PreTrainedTokenizerBase,
-    RobertaPreLayerNormConfig,
-    RobertaPreLayerNormModel,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from data.batch import Field
 from data.errors import UserError
-from pretrain.checkpoint import load_encoder
+from data.source import Source
+from data.stream import open_split, open_train
+from data.text import load_tokenizer, train_tokenizer
+from data.transforms import Views
+from pretrain.cards import LICENCE, About, card, overview, read_about, versions
+from pretrain.checkpoint import find_checkpoint, load_encoder
+from pretrain.config import load_config
+from pretrain.exports.folders import FOLDERS, INPUTS, folders_of
+from pretrain.exports.graphs import check_onnx, write_onnx
+from pretrain.exports.manifest import check, check_replaceable, write_manifest
+from pretrain.exports.streams import save_tokenizer
+from pretrain.exports.subject import ExportError, Subject, resized, rounded
+from pretrain.exports.verify import TEXTS, Sample, make_inputs, random_samples, real_samples, verify
 from pretrain.model.encoder import Encoder
-from pretrain.model.layers import LAYER_NORM_EPS
-from pretrain.model.tokenizers import PatchTokenizer
-from pretrain.stock import PAIRS
+from pretrain.model.tokenizers import ModelConfig, Vocabulary
 
-TOLERANCE = 1e-5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class ExportError(UserError):
-    """An export that does not give the encoder's features."""
+class Exportable(NamedTuple):
+    """What a checkpoint has to export.
+
+    Attributes:
+        encoder: on the CPU, in evaluation mode.
+        tokenizer: of its texts.
+        objectives: what the objectives learned beside it.
+        about: where it comes from.
+    """
+
+    encoder: Encoder
+    tokenizer: PreTrainedTokenizerBase
+    objectives: dict[str, Tensor]
+    about: About
 
 
-def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Path]:
-    """Write one folder per modality, each verified, replacing earlier exports.
+def export(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    objectives: Mapping[str, Tensor] | None = None,
+    about: About | None = None,
+    *,
+    sample: Sample | None = None,
+    dtype: torch.dtype = torch.float32,
+    onnx: bool = False,
+    fresh: bool = True,
+) -> dict[str, Path]:
+    """Write a folder per use of the encoder, verify all, and only then let them take the place of earlier ones.
 
     Args:
         encoder: on the CPU.
-        tokenizer: saved beside the text model.
-        out: gets ``image/``, ``text/`` and ``audio/``, as far as the encoder has them.
+        tokenizer: saved beside the models that read text.
+        out: absent, empty, or an earlier export.
+        objectives: what the objectives learned, by the names of objectives.safetensors. Without the contrastive loss'
+            there are no embeddings, without the masked-language loss' no masked_lm.
+        about: where the encoder comes from, for the cards.
+        sample: raw samples to compare with; None: random ones.
+        dtype: in which weights are saved.
+        onnx: write graphs for ONNX, too.
+        fresh: verify in a process of its own, which takes seconds to start.
 
     Returns:
-        modality -> folder.
+        name -> folder, such as ``embed_text``; the streams come first.
 
     Raises:
-        ExportError: a folder holds anything but an earlier export, or a saved model differs from the encoder by more
-            than 1e-5; nothing of it remains.
+        ExportError: ``out`` holds anything but an earlier export, or something that was saved gives anything else than
+            the encoder; nothing of it remains, and what was there is as it was.
     """
-    encoder = encoder.eval()
-    folders = {}
-    for modality in encoder.views.used:
-        partial, final = out / f".{modality}.partial", out / modality
-        check_replaceable(final)
+    check_replaceable(out)
+    if onnx:
+        check_onnx()
+    about = about or About()
+    subject = rounded(Subject(encoder.eval(), tokenizer, dict(objectives or {})), dtype)
+    sample = sample or random_samples(encoder.views)
+    folders = folders_of(subject)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, folder in folders.items():
+            (partial / name).mkdir(parents=True, exist_ok=True)
+            folder.write(subject, partial / name)
+        differences = verify(subject, partial, folders, sample, fresh=fresh)
+        graphs: dict[str, float] = {}
+        if onnx:
+            (partial / "onnx").mkdir()
+            graphs = write_onnx(subject, partial / "onnx", make_inputs(encoder.views, tokenizer, sample))
+        for name in folders:
+            (partial / name / "README.md").write_text(card(name, subject, about, differences, sample.origin))
+        (partial / "README.md").write_text(overview(subject, about, differences, graphs))
+        described = {
+            "checkpoint": about.checkpoint,
+            "step": about.step,
+            "dtype": str(dtype).removeprefix("torch."),
+            "averaged": about.averaged,
+            "versions": versions(),
+            "verified": {"with": sample.origin, "differences": differences, "onnx": graphs},
+        }
+        write_manifest(partial, described)
+        _replace(out, partial)
+    except SafetensorError as error:  # such as a full disk
+        raise ExportError(f"{out} could not be written: {error}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    return {name: out / name for name in folders}
+
+
+def _replace(out: Path, partial: Path) -> None:
+    """Give what is whole its name; what had it goes away after that."""
+    old = out.with_name(f".{out.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_exportable(config: ModelConfig, views: Views, out: Path, tokenizer: str | None = None) -> None:
+    """Refuse, before a run begins, what could not be exported at its end.
+
+    The stock models are built and filled without memory, so that what they don't take shows.
+
+    Args:
+        config: of the encoder.
+        views: of its modalities.
+        out: where the export is going to be.
+        tokenizer: name of the tokenizer, if it is not going to be trained.
+
+    Raises:
+        ExportError: a modality that no stock class reads, a shape that it does not take, a tokenizer that makes other
+            ids once it is saved, or a folder that holds something else.
+        UserError: sizes that patches don't divide, or a tokenizer that can't be used.
+    """
+    check_replaceable(out)
+    if odd := [name for name in views.used if name not in FOLDERS]:
+        raise ExportError(f"data.views.{odd[0]}: no stock model reads it; allowed are {', '.join(INPUTS)}")
+    reads = train_tokenizer([], 261) if tokenizer is None else load_tokenizer(tokenizer)
+    special = tuple(sorted(reads.all_special_ids))
+    with torch.device("meta"):
+        encoder = Encoder(config, views, Vocabulary(len(reads), reads.pad_token_id, reads.mask_token_id, special))
+        subject = Subject(encoder, reads)
+        for modality in views.used:
+            for name in (modality, f"embed_{modality}"):
+                try:
+                    FOLDERS[name].build(subject)
+                except (ValueError, TypeError, RuntimeError) as error:  # of configs, and of tensors of other shapes
+                    raise ExportError(f"{name}: no stock model takes the shape of this encoder: {error}") from error
+    if tokenizer is not None and "text" in views.used:
+        _check_tokenizer(subject, tokenizer)
+
+
+def _check_tokenizer(subject: Subject, name: str) -> None:
+    """Raises ExportError where the saved tokenizer makes other ids."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(subject, Path(folder))
+        saved = PreTrainedTokenizerFast.from_pretrained(folder)
+    for text in TEXTS:
+        ours, theirs = (each(text)["input_ids"] for each in (subject.tokenizer, saved))
+        if ours != theirs:
+            raise ExportError(
+                f"tokenizer.name={name} can't be exported: for {text!r} it makes {ours}, and saved as a "
+                f"PreTrainedTokenizerFast {theirs}"
+            )
+
+
+def read_exportable(
+    checkpoint: Path, *, ema: bool | None = None, evaluated: bool = True, licence: str = LICENCE
+) -> Exportable:
+    """What a checkpoint has to export.
+
+    Args:
+        checkpoint: its folder.
+        ema: True: the average of the weights, which the checkpoint must have; False: the weights themselves; None: the
+            average if there is one, as evaluation does.
+        evaluated: whether it is going to be exported as it was evaluated.
+        licence: of the weights.
+
+    Raises:
+        ExportError: there is no average.
+        FileNotFoundError: a file of the checkpoint is missing.
+        UserError: its tensors don't fit its config, or a file is damaged.
+    """
+    encoder, tokenizer = load_encoder(checkpoint)
+    trained = checkpoint / "trained.safetensors"
+    if ema and not trained.exists():
+        raise ExportError(f"--ema: {checkpoint} has no average of its weights; train.ema makes one")
+    averaged = trained.exists() and ema is not False
+    try:
+        objectives = load_file(checkpoint / "objectives.safetensors")
+        if trained.exists() and not averaged:
+            encoder.load_state_dict(load_file(trained))
+    except (RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{checkpoint} is damaged: {error}") from error
+    same = evaluated and averaged == trained.exists()
+    about = read_about(checkpoint, averaged=averaged, evaluated=same, licence=licence)
+    return Exportable(encoder, tokenizer, objectives, about)
+
+
+def sample_of(sources: Iterable[Source], views: Views) -> Sample | None:
+    """A few samples with all modalities from the first source that has them; None where none has, or can be read."""
+    for source in sources:
         try:
-            EXPORTS[modality](encoder, tokenizer, partial)
-            verify(encoder, modality, partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        folders[modality] = final
-    return folders
+            sample = real_samples(source, views)
+        except (OSError, UserError):
+            continue
+        if sample is not None:
+            return sample
+    return None
 
 
-def check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no export.
+def _sample_of_run(run: Path, views: Views) -> Sample | None:
+    """A few samples of a run's own data, if they are at hand."""
+    try:
+        config = load_config(run / "config.yaml")
+        return sample_of([open_split(config.data, config.data.val)] if config.data.val else [], views) or sample_of(
+            open_train(config.data), views
+        )
+    except (OSError, UserError):
+        return None
+
+
+def push(out: Path, repo: str) -> str:
+    """Upload an export that is whole; a repository that is not there is made, private.
+
+    Args:
+        out: the export.
+        repo: ``owner/name`` at the hub.
+
+    Returns:
+        its address.
 
     Raises:
-        ExportError: the folder has files, but no model among them.
+        ExportError: the export is damaged, or the hub refuses.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not {"config.json", "model.safetensors"} <= names:
-        raise ExportError(f"{folder} holds files that are no export: choose another folder")
-
-
-def export_image(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
-    """ViTModel, whose linear pooler is an identity: ``pooler_output`` is the class token."""
-    view, config = encoder.views.image, encoder.config
-    side = view.size if view is not None else 0
-    model: Any = ViTModel(
-        ViTConfig(
-            **_common(encoder),
-            image_size=side,
-            patch_size=config.image_patch,
-            num_channels=3,
-            pooler_act="linear",
-            pooler_output_size=config.width,
-        )
-    )
-    fill(model, encoder, "image")
-    with torch.no_grad():
-        model.pooler.dense.weight.copy_(torch.eye(config.width))
-        model.pooler.dense.bias.zero_()
-    model.save_pretrained(folder)
-    ViTImageProcessorPil(
-        size={"height": side, "width": side}, do_convert_rgb=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
-
-
-def export_audio(encoder: Encoder, _: PreTrainedTokenizerBase, folder: Path) -> None:
-    """ASTModel, whose ``pooler_output`` is the mean of its two prefix tokens."""
-    view, config = encoder.views.audio, encoder.config
-    model: Any = ASTModel(
-        ASTConfig(
-            **_common(encoder),
-            patch_size=config.audio_patch,
-            frequency_stride=config.audio_patch,
-            time_stride=config.audio_patch,
-            max_length=view.frames if view is not None else 0,
-            num_mel_bins=view.mels if view is not None else 0,
-        )
-    )
-    fill(model, encoder, "audio")
-    model.save_pretrained(folder)
-    if view is not None:
-        ASTFeatureExtractor(
-            num_mel_bins=view.mels, max_length=view.frames, mean=view.mean, std=view.std
-        ).save_pretrained(folder)
-
-
-def export_text(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """RobertaPreLayerNormModel; its pooler is ours, ``tanh(dense(first token))``."""
-    source = _part(encoder, "tokenizers.text")
-    positions = source.positions.num_embeddings
-    model: Any = RobertaPreLayerNormModel(
-        RobertaPreLayerNormConfig(
-            **_common(encoder),
-            vocab_size=encoder.vocabulary.size,
-            max_position_embeddings=positions,
-            type_vocab_size=1,
-            pad_token_id=encoder.vocabulary.pad_id,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id,
-        )
-    )
-    fill(model, encoder, "text")
-    with torch.no_grad():
-        model.embeddings.token_type_embeddings.weight.zero_()
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder, positions - encoder.vocabulary.pad_id - 1)
-
-
-def fill(model: Any, encoder: Encoder, modality: str) -> None:
-    """Copy the encoder's numbers into a stock model."""
-    with torch.no_grad():
-        for pair in PAIRS[modality](encoder, model):
-            pair.stock.copy_(pair.ours.view_as(pair.stock))
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
-    """Save under the class name that every release of `transformers` knows; 5.x writes one of its own."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = max_length
-    tokenizer.backend_tokenizer.no_padding()  # left by the last call, and saved with it
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-EXPORTS: dict[str, Callable[[Encoder, PreTrainedTokenizerBase, Path], None]] = {
-    "image": export_image,
-    "text": export_text,
-    "audio": export_audio,
-}
-
-
-def verify(encoder: Encoder, modality: str, folder: Path) -> None:
-    """Load an export back and compare its features with the encoder's on random input.
-
-    Raises:
-        ExportError: missing or left-over tensors, or features that differ by more than 1e-5.
-    """
-    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
-    problems = {
-        name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]
-    }
-    if problems:
-        raise ExportError(f"{folder}: the saved {modality} model does not load whole: {problems}")
-    # In float64 a difference is a mistake, however deep the model; in float32 it may be rounding.
-    model, encoder = model.double(), copy.deepcopy(encoder).double()
-    field, inputs = _random_input(encoder, modality, model.main_input_name)
-    with torch.inference_mode():
-        states = encoder.encode(modality, field)
-        features = encoder.pool(modality, states)
-        outputs = model(**inputs)
-    pairs = {"last_hidden_state": states, "pooler_output": features}
-    for name, expected in pairs.items():
-        difference = (outputs[name] - expected).abs().max().item()
-        if not difference <= TOLERANCE:  # NaN is no match either
-            raise ExportError(f"{folder}: {name} of the saved {modality} model differs by {difference:.1e}")
-
-
-def _random_input(encoder: Encoder, modality: str, input_name: str) -> tuple[Field, dict[str, Tensor]]:
-    """Two random inputs, as a Field and as keyword arguments of the stock model."""
-    generator = torch.Generator().manual_seed(0)
-    rows, tokenizer = torch.arange(2), _part(encoder, f"tokenizers.{modality}")
-    if isinstance(tokenizer, PatchTokenizer):
-        x = torch.rand((2, *tokenizer.input_shape), generator=generator, dtype=torch.float64) * 2 - 1
-        return Field(x, rows), {input_name: x}
-    ids = torch.randint(encoder.vocabulary.size, (2, tokenizer.max_tokens), generator=generator)
-    # No padding within: the stock class would take its positions from the ids, not from the mask.
-    ids = ids.masked_fill(ids == encoder.vocabulary.pad_id, encoder.vocabulary.mask_id)
-    return Field(ids, rows), {input_name: ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _common(encoder: Encoder) -> dict[str, Any]:
-    config = encoder.config
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": int(config.width * config.mlp_ratio),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": LAYER_NORM_EPS,
-    }
-
-
-def _part(encoder: Encoder, name: str) -> Any:
-    return encoder.get_submodule(name)
+    check(out)
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=out, commit_message="Export of Triptych")
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
+        raise ExportError(f"--push-to-hub {repo}: {error}; the export is in {out}") from error
+    return str(address)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code, 2 for users' mistakes."""
-    parser = argparse.ArgumentParser(description="Export a checkpoint's encoder to transformers models.")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, such as runs/digits/checkpoints/last")
-    parser.add_argument("out", type=Path, help="folder for image/, text/ and audio/")
+    parser = argparse.ArgumentParser(
+        prog="pretrain/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", nargs="?", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a checkpoint's")
+    add("out", nargs="?", type=Path, metavar="OUT", help="folder for the export, new or an earlier export")
+    add("--check", type=Path, metavar="EXPORT", help="compare the files of an export with what was written, and stop")
+    add("--ema", action=argparse.BooleanOptionalAction, help="the average of the weights (default: if there is one)")
+    add("--image-size", type=int, metavar="PIXELS", help="side of the images, if not that of training")
+    add("--audio-seconds", type=float, metavar="SECONDS", help="length of the sounds, likewise")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    add("--onnx", action="store_true", help="the streams as ONNX graphs, too; needs the extra onnx")
+    add("--licence", default=LICENCE, metavar="ID", help="of the weights, for the cards, such as cc-by-4.0")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the export; a new repository is private")
     arguments = parser.parse_args(argv)
+    if (arguments.check is None) == (arguments.out is None):
+        parser.error("give RUN_OR_CHECKPOINT and OUT, or --check EXPORT")
     disable_progress_bar()
     try:
-        folders = export(*load_encoder(arguments.checkpoint), arguments.out)
+        if arguments.check is not None:
+            print(f"{arguments.check}: {len(check(arguments.check)['files'])} files as they were written")
+            return 0
+        checkpoint = find_checkpoint(arguments.source)
+        check_replaceable(arguments.out)
+        other = arguments.image_size is not None or arguments.audio_seconds is not None
+        given = read_exportable(checkpoint, ema=arguments.ema, evaluated=not other, licence=arguments.licence)
+        encoder = resized(given.encoder, arguments.image_size, arguments.audio_seconds)
+        folders = export(
+            encoder,
+            given.tokenizer,
+            arguments.out,
+            given.objectives,
+            given.about,
+            sample=_sample_of_run(checkpoint.resolve().parents[1], encoder.views),
+            dtype=DTYPES[arguments.dtype],
+            onnx=arguments.onnx,
+        )
+        for name, folder in folders.items():
+            print(f"{name:14} {folder}")
+        if arguments.push_to_hub is not None:
+            print(f"pushed to {push(arguments.out, arguments.push_to_hub)}")
     except (OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for modality, folder in folders.items():
-        print(f"{modality:6} {folder}")
     return 0
 
 

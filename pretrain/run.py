@@ -5,6 +5,7 @@ accelerate launch pretrain/run.py RECIPE.yaml key=value ...         # your own r
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -25,14 +26,16 @@ from data.errors import UserError
 from data.skips import Skips
 from data.source import Source
 from data.stream import STATE, open_cache, open_split, open_train
-from eval.report import read_results, table, write_results
-from eval.run import about, evaluate, read_labels
+from eval.encoders import Pretrained
+from eval.report import RESULTS, read_results, table, write_evaluation
+from eval.run import about, evaluate
+from eval.splits import read_labels
 from pretrain.checkpoint import load_encoder
 from pretrain.config import Config, find_recipe, given_yaml, load_config
 from pretrain.doctor import examine
 from pretrain.engine import Stopped, pretrain
 from pretrain.explain import commented_yaml, explain
-from pretrain.export import export
+from pretrain.export import check_exportable, export, read_exportable, sample_of
 from pretrain.model.encoder import Encoder
 from pretrain.ranks import first_alone
 from pretrain.start import start_accelerator
@@ -51,7 +54,7 @@ A run that was stopped goes on from its newest checkpoint when it is started aga
 EPILOG = """\
 Settings: pretrain/recipes/digits.yaml shows those that matter; --print-config shows all of them.
 The folder `out` gets config.yaml, env.json, metrics.jsonl, checkpoints/, eval/results.json and
-export/{image,text,audio}/, which load with transformers' AutoModel.from_pretrained.
+export/, whose folders load with transformers; export/README.md says what each is.
 Exit code: 0 when all is done, 2 for a mistake in the recipe, the shards or the checkpoint; after
 the message `accelerate launch` makes it 1 and adds a traceback of its own (none with --quiet)."""
 
@@ -99,6 +102,7 @@ def run(config: Config, given: str | None = None) -> None:
     if config.dry_run:
         config = rehearsal(config)
     accelerator = start_accelerator(config)
+    check_exportable(config.model, config.data.views, Path(config.out) / "export", config.tokenizer.name)
     if config.doctor:
         accelerator.print(examine(config, accelerator))
         accelerator.end_training()
@@ -123,18 +127,25 @@ def run(config: Config, given: str | None = None) -> None:
         return
     out = Path(config.out)
     encoder, tokenizer = load_encoder(checkpoint)
-    folders = export(encoder, tokenizer, out / "export")
     scores = ""
     if scored:
-        path, subject = out / "eval" / "results.json", about(checkpoint / "encoder", splits, config.eval)
-        results = read_results(path, subject)
+        folder = out / "eval"
+        with (checkpoint / "encoder" / "model.safetensors").open("rb") as file:
+            weights = {"name": str(checkpoint), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        subject = about(weights, splits, config.eval)
+        results = read_results(folder / RESULTS, subject)
         if results is None:
-            before = previous_results(path, subject)
-            results = evaluate(encoder, tokenizer, splits, config.eval, device, config.data.workers)
-            write_results(path, results, subject)
+            before = previous_results(folder / RESULTS, subject)
+            subject_of = Pretrained(str(checkpoint), encoder, tokenizer)
+            evaluated = evaluate(subject_of, splits, config.eval, device, config.data.workers, run=out)
+            results = evaluated.results
+            write_evaluation(folder, results, subject, evaluated.predictions, evaluated.page)
             scores = results_table(results, before) + "\n\n"
         else:
             scores = table(results) + "\n\n"
+    made = read_exportable(checkpoint)  # now, since its cards show the results
+    sample = sample_of(sources, made.encoder.views)
+    folders = export(made.encoder, made.tokenizer, out / "export", made.objectives, made.about, sample=sample)
     found = "".join(f"WARNING     {warning}\n" for warning in warnings(config, encoder))
     screen = closing_screen(out, checkpoint, list(folders))
     print("\n" + scores + skipped_samples(checkpoint) + found + "\n" * bool(found) + screen)
@@ -168,12 +179,14 @@ def closing_screen(out: Path, checkpoint: Path, modalities: Sequence[str]) -> st
     """What lies where, and the commands to copy next."""
     results, python = out / "eval" / "results.json", shlex.quote(os.path.relpath(sys.executable))
     folder = json.dumps(str(out / "export" / modalities[0]))
+    page = results.with_name("report.html")
+    report = f"\nreport      {page}" if page.exists() else ""
     load = f"from transformers import AutoModel; print(AutoModel.from_pretrained({folder}))"
     return f"""\
 run         {out}
 checkpoint  {checkpoint}
 metrics     {out / "metrics.jsonl"}
-results     {results if results.exists() else "none: eval.label is null"}
+results     {results if results.exists() else "none: eval.label is null"}{report}
 export      {out / "export"}/{{{",".join(modalities)}}}
 
 next

@@ -1,9 +1,10 @@
 """Which tensor of a stock `transformers` class is which of the encoder's: to export, and to start from one.
 
-ViTModel, ASTModel and RobertaPreLayerNormModel compute what our image, audio and text streams compute.
+ViTModel, ASTModel and RobertaPreLayerNormModel compute what our image, audio and text streams compute; with the heads
+for classification they compute our embeddings, and RobertaPreLayerNormForMaskedLM what our language-model head does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -43,6 +44,12 @@ def audio_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
 
 def text_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
     """RobertaPreLayerNormModel, without the embedding of token types; its pooler is ours."""
+    yield from text_states_pairs(encoder, model)
+    yield from _module("heads.text.dense", model.pooler.dense, encoder.get_submodule("heads.text.dense"))
+
+
+def text_states_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
+    """RobertaPreLayerNormModel without its pooler."""
     tokenizer, embeddings = encoder.get_submodule("tokenizers.text"), model.embeddings
     yield Pair("tokenizers.text.embed.weight", embeddings.word_embeddings.weight, _get(tokenizer, "embed.weight"))
     yield Pair(POSITIONS.format("text"), embeddings.position_embeddings.weight, _get(tokenizer, "positions.weight"))
@@ -62,7 +69,6 @@ def text_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
             },
         )
     yield from _module("norm", model.LayerNorm, weights_of(encoder.norm, "text"))
-    yield from _module("heads.text.dense", model.pooler.dense, encoder.get_submodule("heads.text.dense"))
 
 
 PAIRS: dict[str, Callable[[Encoder, Any], Iterator[Pair]]] = {
@@ -70,6 +76,50 @@ PAIRS: dict[str, Callable[[Encoder, Any], Iterator[Pair]]] = {
     "text": text_pairs,
     "audio": audio_pairs,
 }
+
+
+def embed_image_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
+    """ViTForImageClassification, whose logits are our embedding."""
+    yield from image_pairs(encoder, model.vit)
+    yield from _module("heads.image.projection", model.classifier, encoder.get_submodule("heads.image.projection"))
+
+
+def embed_text_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
+    """RobertaPreLayerNormForSequenceClassification, likewise; the bias of its last layer, which ours lacks, is left."""
+    yield from text_states_pairs(encoder, model.roberta_prelayernorm)
+    yield from _module("heads.text.dense", model.classifier.dense, encoder.get_submodule("heads.text.dense"))
+    projection = encoder.get_parameter("heads.text.projection.weight")
+    yield Pair("heads.text.projection.weight", model.classifier.out_proj.weight, projection)
+
+
+def embed_audio_pairs(encoder: Encoder, model: Any) -> Iterator[Pair]:
+    """ASTForAudioClassification, likewise."""
+    yield from audio_pairs(encoder, model.audio_spectrogram_transformer)
+    yield from _module("heads.audio.norm", model.classifier.layernorm, encoder.get_submodule("heads.audio.norm"))
+    yield from _module(
+        "heads.audio.projection", model.classifier.dense, encoder.get_submodule("heads.audio.projection")
+    )
+
+
+EMBED_PAIRS: dict[str, Callable[[Encoder, Any], Iterator[Pair]]] = {
+    "image": embed_image_pairs,
+    "text": embed_text_pairs,
+    "audio": embed_audio_pairs,
+}
+
+
+def masked_language_pairs(encoder: Encoder, objectives: Mapping[str, Tensor], model: Any) -> Iterator[Pair]:
+    """RobertaPreLayerNormForMaskedLM, whose output matrix is the embedding, as ours is."""
+    yield from text_states_pairs(encoder, model.roberta_prelayernorm)
+    head = model.lm_head
+    for ours, stock in (
+        ("dense.weight", head.dense.weight),
+        ("dense.bias", head.dense.bias),
+        ("norm.weight", head.layer_norm.weight),
+        ("norm.bias", head.layer_norm.bias),
+        ("bias", head.bias),
+    ):
+        yield Pair(f"masked_language.{ours}", stock, objectives[f"masked_language.{ours}"])
 
 
 def _patch_pairs(encoder: Encoder, modality: str, embeddings: Any, prefix: list[Tensor]) -> Iterator[Pair]:

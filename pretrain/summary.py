@@ -171,12 +171,16 @@ def results_table(results: Results, previous: Results | None) -> str:
     if not any(changes):
         return "\n".join([header, rule, *rows])
     width = max(map(len, ("change", *changes)))
-    lines = [f"{row}  {change:>{width}}" for row, change in zip((header, *rows), ("change", *changes), strict=True)]
+    columns = max(map(len, (header, *rows)))
+    lines = [
+        f"{row:<{columns}}  {change:>{width}}"
+        for row, change in zip((header, *rows), ("change", *changes), strict=True)
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _change(row: str, results: Results, previous: Results) -> str:
     """The change of what a row of the table is about; empty where there was nothing before."""
     task, metric = row.split()[:2]
-    now, before = (each.get(task, {}).get(metric) for each in (results, previous))
-    return "" if now is None or before is None else f"{100 * (now - before):+.1f}"
+    now, before = (each.get(task, {}).get("metrics", {}).get(metric) for each in (results, previous))
+    return "" if now is None or before is None else f"{100 * (now['value'] - before['value']):+.1f}"

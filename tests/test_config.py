@@ -194,7 +194,7 @@ def test_a_bound_is_an_error_with_key_value_and_what_is_allowed(override: str, a
         (["tokenizer.name=roberta-base"], "tokenizer.name=roberta-base and tokenizer.train=1000: give one"),
         (["eval.templates=[a digit]"], "eval.templates: 'a digit' must hold {} once"),
         (["eval.templates=['{} {}']"], "eval.templates: '{} {}' must hold {} once"),
-        (["eval.templates=[]"], "eval.templates is empty"),
+        (["eval.templates=[]"], "eval.templates: must hold at least one template"),
         ([f"objectives.{name}.weight=0" for name in ("contrastive", "masked_language", "masked_region")], "weight 0"),
         ([f"data.views.{name}=null" for name in ("image", "text", "audio")], "data.views has no modality"),
     ],

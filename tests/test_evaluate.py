@@ -9,15 +9,24 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from data.batch import Field
 from data.shards import write_shards
 from data.source import SampleError, Source
 from data.transforms import make_field
-from eval.features import Features, content_ids, extract
-from eval.report import Results, table, write_results
-from eval.run import EvalConfig, EvaluationError, evaluate, label_ids, main, random_encoder
+from eval.__main__ import main
+from eval.encoders import Pretrained
+from eval.features import Features, content_ids, extract, sweep
+from eval.joint import joint_features
+from eval.linear import Split
+from eval.report import HEADLINES, Results, table, write_results
+from eval.ridge import ridge_probe
+from eval.run import Evaluation
+from eval.run import evaluate as evaluate_scored
+from eval.splits import hold_out, label_ids, part
+from eval.tasks import EvalConfig, EvaluationError
 from pretrain.model.encoder import Encoder
 from tests.tiny import (
     CAPTIONS,
@@ -25,6 +34,7 @@ from tests.tiny import (
     COUNTS,
     RATE,
     VIEWS,
+    embeddings_of,
     open_shards,
     picture,
     tiny_encoder,
@@ -34,7 +44,15 @@ from tests.tiny import (
 )
 
 CPU = torch.device("cpu")
-CONFIG = EvalConfig("label", list(CLASSES), list(CAPTIONS), batch_size=7)
+
+
+def evaluate(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Source], config: EvalConfig
+) -> Evaluation:
+    return evaluate_scored(Pretrained("tiny", encoder, tokenizer), splits, config, CPU, 0)
+
+
+CONFIG = EvalConfig("label", classes=list(CLASSES), templates=list(CAPTIONS), batch_size=7)
 
 
 class Tiny(NamedTuple):
@@ -55,7 +73,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     encoder.save(folder / "last" / "encoder")
     tokenizer.save_pretrained(folder / "last" / "encoder" / "tokenizer")
     splits = {split: open_shards(write_split(folder, split)) for split in COUNTS}
-    return Tiny(folder, encoder, tokenizer, splits, evaluate(encoder, tokenizer, splits, CONFIG, CPU, 0))
+    return Tiny(folder, encoder, tokenizer, splits, evaluate(encoder, tokenizer, splits, CONFIG).results)
 
 
 def mixed(folder: Path, members: Sequence[str]) -> Source:
@@ -96,9 +114,9 @@ def test_each_sample_comes_once_in_the_order_of_the_shards(tiny: Tiny, batch_siz
         assert features.labels.tolist() == labels
         expected, embeddings = by_hand(tiny, source, modality)
         assert (features.features - expected).abs().max() < 1e-5
-        assert (features.embeddings - embeddings).abs().max() < 1e-5
-        assert features.features.dtype == features.embeddings.dtype == features.raw.dtype == torch.float32
-        assert [len(part) for part in features] == [COUNTS["train"]] * 5
+        assert (embeddings_of(features) - embeddings).abs().max() < 1e-5
+        assert features.features.dtype == embeddings_of(features).dtype == features.raw.dtype == torch.float32
+        assert [len(part) for part in features if part is not None] == [COUNTS["train"]] * 6
         assert not features.features.requires_grad
 
 
@@ -121,7 +139,11 @@ def test_evaluation_sees_no_augmentation(tiny: Tiny) -> None:
         return extract([tiny.encoder], tiny.tokenizer, tiny.splits["val"], [0] * COUNTS["val"], CPU, 4, 0)[0]
 
     a, b = features(), features()
-    assert all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
+    for name, features_of in a.items():
+        for x, y in zip(features_of, b[name], strict=True):
+            assert x is not None
+            assert y is not None
+            assert torch.equal(x, y)
 
 
 def test_raw_inputs_are_what_they_say(tiny: Tiny) -> None:
@@ -169,18 +191,26 @@ def test_content_follows_the_samples(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "expected"),
+    ("labels", "classes", "expected", "names"),
     [
-        ({"train": [2, 0], "test": [1]}, [], {"train": [2, 0], "test": [1]}),
-        ({"train": [7, -3], "test": [900]}, [], {"train": [7, -3], "test": [900]}),
-        ({"train": [2, 0], "test": [1]}, ["a", "b", "c"], {"train": [2, 0], "test": [1]}),
-        ({"train": ["b", "a"], "test": ["c"]}, [], {"train": [1, 0], "test": [2]}),
-        ({"train": ["b", "a"], "test": ["c"]}, ["c", "b", "a"], {"train": [1, 2], "test": [0]}),
-        ({"train": ["b"], "test": ["b"]}, ["a", "b"], {"train": [1], "test": [1]}),
+        ({"train": [2, 0], "test": [1]}, [], {"train": [2, 0], "test": [1]}, []),
+        ({"train": [7, -3], "test": [900]}, [], {"train": [7, -3], "test": [900]}, []),
+        ({"train": [2, 0], "test": [1]}, ["a", "b", "c"], {"train": [2, 0], "test": [1]}, ["a", "b", "c"]),
+        ({"train": ["b", "a"], "test": ["c"]}, [], {"train": [1, 0], "test": [2]}, ["a", "b", "c"]),
+        ({"train": ["b", "a"], "test": ["c"]}, ["c", "b", "a"], {"train": [1, 2], "test": [0]}, ["c", "b", "a"]),
+        ({"train": [["b"], []], "test": [["a", "b"]]}, [], {"train": [[0, 1], [0, 0]], "test": [[1, 1]]}, ["a", "b"]),
+        ({"train": [[2], [0]], "test": [[]]}, [], {"train": [[0, 0, 1], [1, 0, 0]], "test": [[0, 0, 0]]}, []),
     ],
 )
-def test_labels_become_integers(labels: dict[str, list[Any]], classes: list[str], expected: dict[str, Any]) -> None:
-    assert label_ids(labels, classes) == expected
+def test_labels_become_integers(
+    labels: dict[str, list[Any]], classes: list[str], expected: dict[str, Any], names: list[str]
+) -> None:
+    found, found_names = label_ids(labels, classes)
+    assert {split: each.int().tolist() for split, each in found.items()} == expected
+    assert found_names == names
+    assert {each.dtype for each in found.values()} == {
+        torch.bool if isinstance(labels["train"][0], list) else torch.int64
+    }
 
 
 @pytest.mark.parametrize(
@@ -188,10 +218,11 @@ def test_labels_become_integers(labels: dict[str, list[Any]], classes: list[str]
     [
         ([0, 3], ["a", "b", "c"], r"\[3\] are outside the 3 names of eval.classes"),
         ([-1], ["a"], r"\[-1\] are outside"),
-        ([0, "a"], [], "all whole numbers or all names, got int, str"),
+        ([0, "a"], [], "whole numbers, all names or all lists of them, got int, str"),
         ([0.5], [], "got float"),
         ([None], [], "got NoneType"),
-        ([["a"]], [], "got list"),
+        ([["a"], "a"], [], "got list, str"),
+        ([[-1]], [], "numbers of 0 or more"),
         ([True, False], [], "got bool"),
         (["a", "d"], ["a", "b"], r"\['d'\] are not among eval.classes: a, b"),
     ],
@@ -201,122 +232,256 @@ def test_labels_that_fit_nothing_are_refused(labels: list[Any], classes: list[st
         label_ids({"train": ["a"] if isinstance(labels[0], str) else [], "test": labels}, classes)
 
 
+# A validation split cut from the training one
+
+
+def test_a_tenth_of_every_class_is_held_out_and_groups_stay_together() -> None:
+    labels = torch.arange(400) % 4
+    held = hold_out(labels)
+    assert labels[held].bincount().tolist() == [10, 10, 10, 10]
+    assert torch.equal(held, hold_out(labels))
+    groups = [f"speaker {number // 8}" for number in range(400)]
+    held = hold_out(labels, groups)
+    assert 32 <= int(held.sum()) <= 48
+    assert len({groups[row] for row in held.nonzero()[:, 0].tolist()}) * 8 == int(held.sum())
+    several = hold_out(labels[:, None] == torch.arange(4))
+    assert int(several.sum()) == 40
+    with pytest.raises(EvaluationError, match=r"from 4 groups: name one with --val"):
+        hold_out(labels, ["a", "b", "c", "d"] * 100)
+
+
+def test_a_part_of_a_split_keeps_its_samples_together() -> None:
+    x = torch.arange(5.0)[:, None]
+    rows = torch.tensor([0, 2, 3, 5, 6])
+    whole = Features(x, None, x + 10, rows * 7, rows + 100, rows)
+    chosen = torch.tensor([True, False, False, True, True, True, False])
+    cut = part({"image": whole}, chosen)["image"]
+    assert cut.features[:, 0].tolist() == [0, 2, 3]
+    assert cut.raw[:, 0].tolist() == [10, 12, 13]
+    assert cut.labels.tolist() == [0, 21, 35]
+    assert cut.content.tolist() == [100, 103, 105]
+    assert cut.rows.tolist() == [0, 1, 3]  # of the four that were chosen
+    assert cut.embeddings is None
+    assert part({"image": whole}, torch.zeros(7, dtype=torch.bool)) == {}
+
+
+def test_without_a_validation_split_test_decides_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {name: tiny.splits[name] for name in ("train", "test")}
+    found = evaluate(tiny.encoder, tiny.tokenizer, splits, CONFIG).results
+    assert found.keys() == tiny.results.keys()
+    labels = Source.labels
+
+    def shuffled(self: Source, field: str) -> list[Any]:
+        values = labels(self, field)
+        return values[7:] + values[:7] if self is splits["test"] else values
+
+    monkeypatch.setattr(Source, "labels", shuffled)
+    again = evaluate(tiny.encoder, tiny.tokenizer, splits, CONFIG).results
+    assert again["linear/image"]["metrics"] != found["linear/image"]["metrics"]
+    for task, result in found.items():
+        assert again[task].get("chosen") == result.get("chosen"), task
+
+
+# Results
+
+
 def test_every_task_has_its_numbers_and_baselines(tiny: Tiny) -> None:
-    assert set(tiny.results) == {
-        *(f"linear/{name}" for name in ("image", "text", "audio")),
+    names = ("image", "text", "audio")
+    pairs = [(a, b) for a in names for b in names if a != b]
+    expected = {
+        *(f"{task}/{name}" for task in ("linear", "knn", "fewshot", "labelfree") for name in names),
         *(f"zeroshot/{name}" for name in ("image", "audio")),
-        *(f"retrieval/{a}_to_{b}" for a in ("image", "text", "audio") for b in ("image", "text", "audio") if a != b),
+        *(f"retrieval/{a}_to_{b}" for a, b in pairs),
+        *("labelfree/image_text", "labelfree/image_audio", "labelfree/text_audio"),
     }
+    assert expected == {task for task in tiny.results if not task.startswith("fusion/")}
+    methods = {"concat", "mean", "max", "weighted", "relu_product", "probability_mean", "vote", "joint"}
+    ways = {*methods, *(f"{name}_alone" for name in names)}
+    assert {f"fusion/{way}" for way in ways} | {
+        f"fusion/{way}_without_{missing}" for way in ways for missing in names if way != f"{missing}_alone"
+    } == {task for task in tiny.results if task.startswith("fusion/")}
     for task, result in tiny.results.items():
-        if task.startswith("retrieval"):
-            assert result.keys() == {"r1", "r5", "r10", "queries", "queries_without_match", "chance", "random_init"}
-            assert result["chance"].keys() == result["random_init"].keys() == {"r1", "r5", "r10"}
-            assert 0 <= result["r1"] <= result["r5"] <= result["r10"] <= 1
-            assert result["chance"]["r1"] == pytest.approx(1 / 3)
-            continue
-        assert 0 <= result["interval"][0] <= result["top1"] <= result["interval"][1] <= 1
-        assert result["chance"] == {"top1": pytest.approx(1 / 3)}
-        assert 0 <= result["random_init"]["top1"] <= 1
-        assert result["distinct_test_inputs"] == (9 if task == "linear/text" else COUNTS["test"])
-        if task.startswith("linear"):
-            assert result["majority"] == {"top1": pytest.approx(1 / 3)}
-            assert result.keys() >= {"strength", "val_top1", "raw"}
+        metrics, baselines = result["metrics"], result["baselines"]
+        kind = task.partition("/")[0]
+        for name, metric in metrics.items():
+            if metric["interval"] is not None:
+                low, high = metric["interval"]
+                assert low <= metric["value"] <= high, (task, name)
+        for of_baseline in baselines.values():
+            assert of_baseline.keys() <= metrics.keys()
+        if kind == "retrieval":
+            assert metrics.keys() == {"r1", "r5", "r10", "median_rank"}
+            assert baselines.keys() == {"chance", "random_init"}
+            assert metrics["r1"]["value"] <= metrics["r5"]["value"] <= metrics["r10"]["value"] <= 1
+            assert baselines["chance"]["r1"] == pytest.approx(1 / 3)
+        elif kind in ("linear", "knn", "zeroshot"):
+            assert metrics.keys() >= {"top1", "mean_per_class", "precision", "recall", "f1"}
+            assert baselines["chance"]["top1"] == pytest.approx(1 / 3)
+            assert 0 <= baselines["random_init"]["top1"] <= 1
+            assert result["counts"]["distinct_inputs"] == (9 if task.endswith("text") else COUNTS["test"])
+        if kind in ("linear", "knn"):
+            assert baselines["majority"]["top1"] == pytest.approx(1 / 3)
+            assert result["chosen"].keys() == {"strength" if kind == "linear" else "k", "val_top1"}
+            assert 0 <= baselines["raw"]["top1"] <= 1
+    assert tiny.results["fewshot/image"]["metrics"].keys() >= {"top1_1shot", "spread_25shot"}
+    assert "gain" in tiny.results["fusion/concat"]["metrics"]
+    assert "gain" not in tiny.results["fusion/image_alone"]["metrics"]
 
 
 def test_separable_inputs_are_separated(tiny: Tiny) -> None:
     # Brightness, pitch and the class's own name: a probe of the input itself has to find them.
     for modality in ("image", "text", "audio"):
-        assert tiny.results[f"linear/{modality}"]["raw"]["top1"] == 1.0
+        assert tiny.results[f"linear/{modality}"]["baselines"]["raw"]["top1"] == 1.0
 
 
 def test_the_random_encoder_is_scored_as_itself(tiny: Tiny) -> None:
-    again = evaluate(random_encoder(tiny.encoder), tiny.tokenizer, tiny.splits, CONFIG, CPU, 0)
+    random = Pretrained("tiny", tiny.encoder, tiny.tokenizer).random()
+    again = evaluate(random.encoder, tiny.tokenizer, tiny.splits, CONFIG).results
     for task, result in again.items():
-        scores = {name: result[name] for name in ("top1", "r1", "r5", "r10") if name in result}
-        assert {name: result["random_init"][name] for name in scores} == scores
-        assert {name: tiny.results[task]["random_init"][name] for name in scores} == scores
+        if "random_init" in result["baselines"]:
+            own = {name: metric["value"] for name, metric in result["metrics"].items()}
+            assert result["baselines"]["random_init"] == own, task
+            assert tiny.results[task]["baselines"]["random_init"] == own, task
 
 
 def test_results_are_numbers_that_json_has(tiny: Tiny) -> None:
     assert json.loads(json.dumps(tiny.results, allow_nan=False)) == tiny.results
 
 
-def test_without_classes_there_is_no_zero_shot(tiny: Tiny) -> None:
-    results = evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig("name"), CPU, 0)
-    assert not any(task.startswith("zeroshot") for task in results)
-    assert results["linear/image"]["raw"]["top1"] == 1.0
+def test_what_cannot_be_done_is_said(tiny: Tiny) -> None:
+    found = evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig("name", ["linear", "zeroshot"]))
+    assert {task.partition("/")[0] for task in found.results} == {"linear"}
+    assert found.skipped == {"zeroshot": "it needs class names, and an encoder that embeds text"}
 
 
-def test_no_label_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(EvaluationError, match=r"eval\.label"):
-        evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig(), CPU, 0)
+def test_without_labels_there_is_retrieval_by_pairs(tiny: Tiny) -> None:
+    found = evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig())
+    assert {task.partition("/")[0] for task in found.results} == {"retrieval", "labelfree"}
+    assert found.skipped == dict.fromkeys(("linear", "knn", "fewshot", "zeroshot", "fusion"), "there are no labels")
+    chance = found.results["retrieval/image_to_audio"]["baselines"]["chance"]
+    assert chance["r1"] == pytest.approx(1 / COUNTS["test"])
 
 
 def test_a_label_that_samples_lack_is_named(tiny: Tiny) -> None:
     with pytest.raises(SampleError, match=r"train-000, no 'species'.*label, name"):
-        evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig("species"), CPU, 0)
+        evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig("species"))
 
 
-def test_the_random_encoder_is_always_the_same_and_disturbs_nothing(tiny: Tiny) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    a = random_encoder(tiny.encoder).state_dict()
-    assert torch.equal(torch.rand(3), expected)
-    b = random_encoder(tiny.encoder).state_dict()
-    trained = tiny.encoder.state_dict()
-    assert a.keys() == trained.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not any(torch.equal(a[name], trained[name]) for name in a)
+def test_of_several_layers_validation_chooses(tiny: Tiny) -> None:
+    scored = Pretrained("tiny", tiny.encoder, tiny.tokenizer)
+    layers, poolings = (0, -1), ("cls", "mean")
+    config = EvalConfig("label", ["linear"])
+    found = evaluate_scored(scored, tiny.splits, config, CPU, 0, layers=layers, poolings=poolings).results
+    labels = {name: source.labels("label") for name, source in tiny.splits.items()}
+    swept = {
+        name: sweep([scored], source, labels[name], None, CPU, 99, 0, layers, poolings)[0]
+        for name, source in tiny.splits.items()
+    }
+    for modality in ("image", "text", "audio"):
+        scores = {}
+        for key in swept["train"]:
+            train, val = (swept[split][key][modality] for split in ("train", "val"))
+            scores[key] = ridge_probe(Split(train.features, train.labels), Split(val.features, val.labels)).top1
+        chosen = found[f"linear/{modality}"]["chosen"]
+        assert scores[chosen["layer"], chosen["pooling"]] == max(scores.values())
 
 
-def test_the_table_has_a_line_for_every_number(tiny: Tiny) -> None:
+def test_the_joint_pass_is_that_of_the_encoder(tiny: Tiny, tmp_path: Path) -> None:
+    source = mixed(tmp_path, ["ita", "it", "ita", "ta", "ita"])
+    names = ["image", "text", "audio"]
+    whole, without = joint_features(tiny.encoder, tiny.tokenizer, source, [names, ["image", "audio"]], CPU, 2, 0)
+    assert whole.rows.tolist() == without.rows.tolist() == [0, 2, 4]
+    width = tiny.encoder.config.width
+    for number, row in enumerate([0, 2, 4]):
+        shard, sample = list(source.places())[row]
+        values = source.values(shard, sample, VIEWS.used, training=False)
+        fields = {}
+        for name, view in VIEWS.used.items():
+            fields[name] = view.on_device()(make_field(view, [values[name]], tiny.tokenizer))
+        for part_of, found in ((names, whole), (["image", "audio"], without)):
+            with torch.inference_mode():
+                states = tiny.encoder.trunk({name: tiny.encoder.tokens(name, fields[name]) for name in part_of})
+                pooled = {name: tiny.encoder.pool(name, each)[0] for name, each in states.items()}
+            for place, name in enumerate(names):
+                own = found.features[number, place * width : (place + 1) * width]
+                expected = pooled.get(name, torch.zeros(width))
+                assert (own - expected).abs().max() < 1e-5
+
+
+def test_the_table_has_a_line_for_what_matters(tiny: Tiny) -> None:
     lines = table(tiny.results).splitlines()
     header = re.split(r"  +", lines[0].strip())
     assert header == ["task", "metric", "score", "95 % interval", "random encoder", "raw input", "chance"]
     got = [tuple(line.split()[:3]) for line in lines[2:]]
     assert got == [
-        (task, metric, f"{100 * result[metric]:.1f}")
+        (task, metric, f"{100 * result['metrics'][metric]['value']:.1f}")
         for task, result in tiny.results.items()
-        for metric in ("top1", "r1", "r5", "r10")
-        if metric in result
+        for metric in HEADLINES.get(task.partition("/")[0], ())
+        if metric in result["metrics"] and "_without_" not in task
     ]
-    assert len({len(line) for line in lines}) == 1
     image = next(line for line in lines if line.startswith("linear/image"))
     result = tiny.results["linear/image"]
-    numbers = [*result["interval"], *(result[name]["top1"] for name in ("random_init", "raw", "chance"))]
+    baselines = (result["baselines"][name]["top1"] for name in ("random_init", "raw", "chance"))
+    numbers = [*result["metrics"]["top1"]["interval"], *baselines]
     assert image.replace("..", " ").split()[3:] == [f"{100 * number:.1f}" for number in numbers]
 
 
 def test_results_are_written_whole_with_their_schema(tmp_path: Path, tiny: Tiny) -> None:
     path = tmp_path / "new" / "results.json"
-    write_results(path, {"linear/image": {"top1": 0.0}}, {})
+    write_results(path, {}, {})
     write_results(path, tiny.results, {"checkpoint": "step-00000001"})
     document = json.loads(path.read_text())
-    assert document == {"schema": 1, "about": {"checkpoint": "step-00000001"}, "results": tiny.results}
+    assert document == {"schema": 2, "about": {"checkpoint": "step-00000001"}, "results": tiny.results}
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+# The command line
 
 
 def arguments(tiny: Tiny, **changes: str) -> list[str]:
     """The command line for the tiny splits."""
     paths = {split: str(tiny.folder / f"{split}-*.tar") for split in COUNTS} | changes
-    return [str(tiny.folder / "last"), *(part for name in COUNTS for part in (f"--{name}", paths[name]))]
+    splits = (part for name in COUNTS for part in (f"--{name}", paths[name]))
+    return ["run", str(tiny.folder / "last"), *splits, "--label", "label"]
 
 
-def test_the_command_line_gives_the_same_results(
+def test_the_command_line_gives_the_same_results_and_a_report(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "results.json"
+    out = tmp_path / "scores"
     names = ["--classes", *CLASSES, "--templates", *CAPTIONS]
     assert main([*arguments(tiny), *names, "--out", str(out)]) == 0
-    document = json.loads(out.read_text())
-    assert document["schema"] == 1
+    document = json.loads((out / "results.json").read_text())
+    assert document["schema"] == 2
     assert {name: split["samples"] for name, split in document["about"]["splits"].items()} == COUNTS
     assert document["results"].keys() == tiny.results.keys()
     for task, result in tiny.results.items():
-        for name in {"top1", "r1"} & result.keys():
-            assert document["results"][task][name] == pytest.approx(result[name])
-    assert capsys.readouterr().out.splitlines()[0].startswith("task")
+        for name, metric in result["metrics"].items():
+            assert document["results"][task]["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-6)
+    printed = capsys.readouterr().out
+    assert f"report      {out / 'report.html'}" in printed
+    predictions = load_file(out / "predictions.safetensors")
+    for task in ("linear/image", "retrieval/image_to_text", "fusion/concat", "zeroshot/audio"):
+        correct = predictions[f"{task}.correct"]
+        first = "r1" if task.startswith("retrieval") else "top1"
+        assert correct.mean().item() == pytest.approx(document["results"][task]["metrics"][first]["value"])
+        assert len(predictions[f"{task}.rows"]) == len(predictions[f"{task}.content"]) == len(correct)
+
+    for name in ("report.html", "report.md"):
+        assert "linear" in (out / name).read_text()
+        (out / name).unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").exists()
+
+    other = tmp_path / "random"
+    again = arguments(tiny)
+    again[1] = f"random:{again[1]}"
+    assert main([*again, "--tasks", "linear,labelfree", "--out", str(other)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(out), str(other)]) == 0
+    compared = capsys.readouterr().out
+    assert "linear/image" in compared
+    assert "knn/image: only in scores" in compared
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -329,14 +494,30 @@ def test_the_command_line_names_a_missing_shard(tiny: Tiny, capsys: pytest.Captu
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("extra", [["--label", "species"], ["--classes", "a", "b"], ["--templates", "a tone"]])
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--label", "species"], "no 'species'"),
+        (["--classes", "a", "b"], "outside the 2 names"),
+        (["--templates", "a tone"], r"must hold \{\} once"),
+        (["--tasks", "linear,knnn"], "eval.tasks: got knnn, allowed are linear, knn,"),
+        (["--poolings", "cls", "--layers", "99"], "99"),
+    ],
+)
 def test_the_command_line_says_what_is_wrong_with_its_settings(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str], extra: list[str]
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], extra: list[str], words: str
 ) -> None:
     assert main([*arguments(tiny), *extra]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(words, error)
 
 
-def test_the_command_line_names_a_missing_checkpoint(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tiny.folder / "none"), *arguments(tiny)[1:]]) == 2
+def test_the_command_line_names_what_it_cannot_score(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    command = arguments(tiny)
+    assert main([command[0], str(tiny.folder / "none"), *command[2:]]) == 2
     assert str(tiny.folder / "none") in capsys.readouterr().err
+    assert main([*command[:-2], "--tasks", "linear"]) == 2
+    assert "--tasks linear needs --label" in capsys.readouterr().err
+    assert main(["report", str(tiny.folder)]) == 2
+    assert "no results.json" in capsys.readouterr().err

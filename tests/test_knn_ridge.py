@@ -11,8 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from eval.knn import knn
+from eval.knn import knn, knn_probe
 from eval.linear import Split
+from eval.metrics import bootstrap_interval
 from eval.ridge import DEFAULT_STRENGTHS, ridge_probe
 
 
@@ -54,6 +55,48 @@ def test_knn_is_its_definition(k: int, temperature: float, chunk: int) -> None:
     assert result.predicted.tolist() == expected
     assert result.top1 == sum(a == b for a, b in zip(expected, test.y.tolist(), strict=True)) / 40
     assert result.k == k
+
+
+def test_every_k_is_knn_and_the_best_on_val_is_chosen() -> None:
+    train, val, test = gaussians(60, 0), gaussians(80, 1), gaussians(90, 2)
+    ks = [50, 3, 10, 1, 400]
+    result = knn_probe(train, val, test, ks=ks, content=torch.arange(90) // 2, chunk=32)
+    on_val = {k: knn(train, val, k).top1 for k in (1, 3, 10, 50)}
+    best = max(on_val.values())
+    assert result.chosen == {"k": min(k for k in on_val if on_val[k] == best), "val_top1": best}
+    assert best > on_val[1]
+    for k in on_val:
+        expected = naive_knn(train, test, k, 0.07)
+        metric = result.metrics[f"top1_k{k}"]
+        correct = torch.tensor(expected) == test.y
+        assert metric.value == correct.double().mean().item()
+        assert metric.interval == bootstrap_interval(correct, groups=torch.arange(90) // 2)
+        if k == result.chosen["k"]:
+            assert result.predicted.tolist() == expected
+            assert result.correct.tolist() == correct.tolist()
+            assert result.metrics["top1"] == metric
+    assert "top1_k400" not in result.metrics
+    assert knn_probe(train, val, test, ks=[400], samples=0).chosen["k"] == 60
+
+    shuffled = Split(test.x, test.y[torch.randperm(90, generator=torch.Generator().manual_seed(3))])
+    again = knn_probe(train, val, shuffled, ks=ks, samples=0)
+    assert again.chosen == result.chosen
+    assert torch.equal(again.predicted, result.predicted)
+    assert again.top1 < result.top1
+
+
+def test_of_equally_good_numbers_of_neighbours_the_smallest_is_chosen() -> None:
+    train = gaussians(60, 0)
+    apart = Split(train.x + 20 * (train.y[:, None] == torch.tensor([40, -7, 1000]).repeat(7)[:20]), train.y)
+    result = knn_probe(apart, apart, apart, ks=[9, 5, 7], samples=0)
+    assert result.chosen == {"k": 5, "val_top1": 1.0}
+
+
+def test_a_class_without_a_vote_is_in_no_top_5() -> None:
+    x = torch.eye(8)
+    train = Split(x, torch.arange(8))
+    found = knn_probe(train, train, Split(x, torch.arange(8).roll(1)), ks=[1], samples=0)
+    assert (found.metrics["top1"].value, found.metrics["top5"].value) == (0, 0)
 
 
 def test_weights_and_number_of_neighbours_count() -> None:
@@ -120,7 +163,7 @@ def test_the_left_out_error_is_that_of_as_many_fits(features: int) -> None:
             others = torch.arange(50) != i
             model = Ridge(alpha=strength * 50).fit(scaled[others].numpy(), targets[others].numpy())
             total += ((torch.from_numpy(model.predict(scaled[[i]].numpy())) - targets[i]) ** 2).mean().item()
-        assert ridge_probe(train, train, strengths=[strength]).left_out == pytest.approx(total / 50, rel=1e-6)
+        assert ridge_probe(train, train, strengths=[strength]).chosen["left_out"] == pytest.approx(total / 50, rel=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "features", "seed"), [(60, 50, 0), (60, 20, 2), (200, 20, 4), (40, 100, 6)])
@@ -139,15 +182,25 @@ def test_the_strength_is_the_one_that_sklearn_chooses_whatever_val_says(rows: in
     shuffled = Split(val.x, val.y[torch.randperm(300, generator=torch.Generator().manual_seed(3))])
     again = ridge_probe(train, shuffled)
     assert again.strength == swept.strength
-    assert again.left_out == pytest.approx(swept.left_out)
+    assert again.chosen["left_out"] == pytest.approx(swept.chosen["left_out"])
     assert again.top1 < swept.top1
+
+
+def test_ridge_has_the_metrics_of_its_predictions_and_intervals_on_demand() -> None:
+    train, val = gaussians(60, 0), gaussians(100, 1)
+    plain, drawn = ridge_probe(train, val), ridge_probe(train, val, samples=100, content=torch.arange(100) // 4)
+    assert plain.metrics["f1"].interval is None
+    correct = plain.predicted == val.y
+    expected = bootstrap_interval(correct, groups=torch.arange(100) // 4, samples=100)
+    assert drawn.metrics["top1"] == (correct.double().mean().item(), expected)
+    assert torch.equal(plain.classifier.predict(val.x), plain.predicted)
 
 
 def test_hardly_any_strength_still_has_an_error() -> None:
     train, val = gaussians(40, 0, 100), gaussians(40, 1, 100)
     result = ridge_probe(train, val, strengths=[1e-30])
     assert result.strength == 1e-30
-    assert math.isfinite(result.left_out)
+    assert math.isfinite(result.chosen["left_out"])
 
 
 def test_scale_offset_and_constant_features_do_not_matter() -> None:
@@ -157,7 +210,7 @@ def test_scale_offset_and_constant_features_do_not_matter() -> None:
     scaled = [Split(torch.cat([s.x * scale + 3 * scale, torch.full((60, 1), 0.1)], 1), s.y) for s in (train, val)]
     rescaled = ridge_probe(*scaled)
     assert rescaled.strength == plain.strength
-    assert rescaled.left_out == pytest.approx(plain.left_out)
+    assert rescaled.chosen["left_out"] == pytest.approx(plain.chosen["left_out"])
     assert torch.equal(rescaled.predicted, plain.predicted)
 
 
@@ -194,6 +247,10 @@ def test_bad_splits_are_refused_by_name(train: Split, other: Split, message: str
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="got k=0 and chunk=256"):
         knn(GOOD, GOOD, 0)
+    with pytest.raises(ValueError, match=r"^ks must be one or more, .* got ks=\[\] and chunk=256"):
+        knn_probe(GOOD, GOOD, GOOD, ks=[])
+    with pytest.raises(ValueError, match=r"^val must have the 20 features of train, got 4"):
+        knn_probe(GOOD, Split(GOOD.x[:, :4], GOOD.y), GOOD)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         knn(GOOD, GOOD, temperature=0)
     with pytest.raises(ValueError, match=r"^test must have finite, non-zero rows, got 1 of 30"):

@@ -1,14 +1,18 @@
 """Linear probe: agreement with scikit-learn, honesty of the protocol, and what it refuses."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from eval import linear
 from eval.linear import DEFAULT_STRENGTHS, Classifier, Split, linear_probe
 from eval.metrics import bootstrap_interval
 
@@ -62,6 +66,123 @@ def test_refit_equals_sklearn_on_train_and_val(digits: tuple[Split, Split, Split
     assert relative_distance(result.classifier.bias - result.classifier.bias.mean(), bias - bias.mean()) < 0.02
     torch.testing.assert_close(result.classifier.std, torch.from_numpy(scaler.scale_))
     assert result.classifier.converged
+
+
+@pytest.mark.parametrize("load", [load_digits, load_wine, load_breast_cancer])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sweep_equals_that_of_sklearn(load: Callable[..., Any], seed: int) -> None:
+    x, y = (torch.from_numpy(each) for each in load(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:900]
+    sizes = [len(order) * 2 // 5, len(order) // 5, len(order) - len(order) * 2 // 5 - len(order) // 5]
+    train, val, test = (Split(x[rows], y[rows]) for rows in torch.split(order, sizes))
+    result = linear_probe(train, val, test)
+
+    scores = {}
+    for strength in DEFAULT_STRENGTHS:
+        scaler, model = reference(train, strength)
+        scores[strength] = model.score(scaler.transform(val.x.numpy()), val.y.numpy())
+    chosen = max(scores, key=lambda strength: (scores[strength], strength))
+    assert result.strength == chosen
+    assert result.val_top1 == pytest.approx(scores[chosen])
+    scaler, model = reference(concatenated(train, val), chosen)
+    expected = model.predict(scaler.transform(test.x.numpy()))
+    # Test samples are so few that one more or less would be beyond 0.003.
+    assert result.top1 == pytest.approx((expected == test.y.numpy()).mean())
+    assert result.metrics["f1"].value == pytest.approx(f1_score(test.y.numpy(), expected, average="macro"))
+
+
+def several(rows: int, seed: int, features: int = 12) -> Split:
+    """Four labels, the last of which nobody has, and a fifth that all have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, features, generator=generator)
+    y = x[:, :3] + 0.7 * torch.randn(rows, 3, generator=generator) > torch.tensor([0.0, 0.5, 1.0])
+    return Split(x, torch.cat([y, torch.zeros(rows, 1, dtype=torch.bool), torch.ones(rows, 1, dtype=torch.bool)], 1))
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1e-1])
+def test_several_labels_are_as_many_fits_of_sklearn(strength: float) -> None:
+    train, val, test = several(100, 0), several(60, 1), several(300, 2)
+    result = linear_probe(train, val, test, strengths=[strength], samples=50)
+    both = concatenated(train, val)
+    for place in range(3):
+        scaler, model = reference(Split(both.x, both.y[:, place].long()), strength)
+        expected = model.decision_function(scaler.transform(test.x.double().numpy()))
+        scores = result.classifier.scores(test.x)[:, place]
+        torch.testing.assert_close(scores, torch.from_numpy(expected), atol=0.01, rtol=0.01)
+    assert not result.classifier.weight[3:].any()
+    assert result.classifier.bias[3] == -result.classifier.bias[4] == pytest.approx(math.log(0.5 / 160.5))
+    assert result.predicted.shape == (300, 5)
+    assert result.predicted[:, 4].all()
+    torch.testing.assert_close(result.correct, (result.predicted == test.y).double().mean(1))
+    assert set(result.metrics) == {"map", "auc"}
+
+
+def test_several_labels_choose_by_map_on_val_and_never_by_test() -> None:
+    train, val, test = several(30, 0), several(60, 1), several(300, 2)
+    alone = {s: linear_probe(train, val, test, strengths=[s], samples=0) for s in DEFAULT_STRENGTHS}
+    best = max(alone, key=lambda s: (round(alone[s].chosen["val_map"], 9), s))
+    swept = linear_probe(train, val, test, samples=0)
+    assert swept.strength == best
+    shuffled = Split(test.x, test.y[torch.randperm(300, generator=torch.Generator().manual_seed(3))])
+    again = linear_probe(train, val, shuffled, samples=0)
+    assert again.chosen == swept.chosen
+    assert torch.equal(again.predicted, swept.predicted)
+    assert again.metrics["map"].value < swept.metrics["map"].value - 0.1
+
+
+def test_several_labels_that_cannot_be_scored_are_refused() -> None:
+    good = several(30, 0)
+    empty = Split(good.x, torch.zeros_like(good.y))
+    with pytest.raises(ValueError, match=r"^test must have a label that some rows have and others lack, got none"):
+        linear_probe(good, good, empty)
+    with pytest.raises(ValueError, match=r"^val must have the 5 labels of train, got 4"):
+        linear_probe(good, Split(good.x, good.y[:, :4]), good)
+    with pytest.raises(ValueError, match=r"^test must be x \(N, D\) and y \(N, C\) bool, got .* y \(30,\)"):
+        linear_probe(good, good, GOOD)
+    with pytest.raises(ValueError, match=r"^train labels of shape \(N, C\) must be bool, got torch.int64"):
+        linear_probe(Split(good.x, good.y.long()), good, good)
+
+
+def test_more_features_than_rows() -> None:
+    train, val, test = gaussians(30, 0, 50), gaussians(10, 1, 50), gaussians(200, 2, 50)
+    result = linear_probe(train, val, test, strengths=[1e-2])
+    scaler, model = reference(concatenated(train, val), 1e-2)
+    expected = torch.from_numpy(model.predict_proba(scaler.transform(test.x.double().numpy())))
+    torch.testing.assert_close(result.classifier.scores(test.x).softmax(1), expected, atol=2e-3, rtol=0)
+
+
+def test_sweep_ends_where_accuracy_has_clearly_fallen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, fit = [], linear._fit
+
+    def counted(axes: Any, y: Tensor, strength: float, *others: Any) -> Classifier:
+        fitted.append(strength)
+        return fit(axes, y, strength, *others)
+
+    monkeypatch.setattr(linear, "_fit", counted)
+    splits = []
+    for seed in range(3):
+        x, y = gaussians(2000, seed)
+        kept = (y == 40) | (torch.arange(2000) % 2 == 0)  # a class of more rows: a lot of strength predicts it alone
+        splits.append(Split(x[kept], y[kept]))
+    result = linear_probe(*splits, strengths=[1e-2, 1e1, 1e4, 1e5, 1e6], samples=0)
+    assert result.strength == fitted[-1] == 1e-2
+    assert fitted[:-1] == [1e-2, 1e1]
+
+
+def test_content_widens_intervals_and_equal_runs_are_equal() -> None:
+    train, val, test = gaussians(60, 0), gaussians(60, 1), gaussians(50, 2)
+    test = Split(test.x.repeat(8, 1), test.y.repeat(8))
+    plain = linear_probe(train, val, test)
+    grouped = linear_probe(train, val, test, content=torch.arange(50).repeat(8))
+    again = linear_probe(train, val, test)
+    assert torch.equal(again.classifier.weight, plain.classifier.weight)
+    for name, metric in plain.metrics.items():
+        assert metric == again.metrics[name]
+        assert metric.interval is not None
+        wide = grouped.metrics[name]
+        assert wide.value == metric.value
+        assert wide.interval is not None
+        assert wide.interval[1] - wide.interval[0] > 2 * (metric.interval[1] - metric.interval[0])
 
 
 def test_validation_accuracy_is_of_a_fit_on_train_alone(digits: tuple[Split, Split, Split]) -> None:
@@ -126,7 +247,7 @@ def test_predictions_and_score_are_in_the_given_label_ids() -> None:
     assert set(result.predicted.tolist()) == {-7, 40, 1000}
     assert result.top1 == (result.predicted == test.y).double().mean().item()
     assert result.top1 > 0.5
-    assert result.interval == bootstrap_interval(result.predicted == test.y)
+    assert result.metrics["top1"].interval == bootstrap_interval(result.predicted == test.y)
 
 
 def test_feature_scale_does_not_matter() -> None:

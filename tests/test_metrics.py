@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 
-from eval.metrics import accuracy, bootstrap_interval, chance, majority
+from eval.metrics import Metric, accuracy, bootstrap_interval, chance, classification, majority, multilabel
 
 
 def bernoulli(rows: int, p: float, seed: int = 0) -> torch.Tensor:
@@ -117,3 +119,95 @@ def test_majority_is_chosen_on_train_and_scored_on_test() -> None:
     assert majority(torch.tensor([9, 9, 5, 5]), torch.tensor([5, 9, 9, 9])) == 0.25
     with pytest.raises(ValueError, match=r"^train_labels must be \(N,\) with N >= 1, got \(0,\)"):
         majority(torch.tensor([]), torch.tensor([1]))
+
+
+def scored(rows: int, classes: int, present: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores with ties, labels of the first ``present`` classes, and ids that are neither contiguous nor positive."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(present, (rows,), generator=generator)
+    scores = torch.randn(rows, classes, generator=generator)
+    scores[torch.arange(rows), y] += 1.0
+    ids = torch.arange(classes) * 7 - 9
+    return (scores * 2).round(), ids[y], ids
+
+
+@pytest.mark.parametrize("present", [9, 6])
+def test_macro_metrics_equal_sklearn_over_the_classes_that_occur(present: int) -> None:
+    scores, labels, classes = scored(300, 9, present)
+    found = classification(scores, labels, classes, samples=0)
+    predicted, settings = (
+        classes[scores.argmax(1)],
+        {"labels": torch.unique(labels), "average": "macro", "zero_division": 0},
+    )
+    assert found["top1"] == Metric((predicted == labels).double().mean().item())
+    for name, function in (
+        ("precision", "precision"),
+        ("recall", "recall"),
+        ("f1", "f1"),
+        ("mean_per_class", "recall"),
+    ):
+        expected = getattr(sklearn.metrics, f"{function}_score")(labels, predicted, **settings)
+        assert found[name].value == pytest.approx(expected, abs=1e-12)
+    assert found["top1"].value != found["f1"].value
+
+
+def test_top5_is_its_definition_and_of_equal_scores_the_first_columns_are_in_it() -> None:
+    scores, labels, classes = scored(300, 9, 9)
+    hits = [label in classes[(-row).argsort(stable=True)[:5]] for row, label in zip(scores, labels, strict=True)]
+    assert classification(scores, labels, classes, samples=0)["top5"].value == sum(hits) / 300
+    nothing = classification(torch.full((2, 9), -math.inf), classes[:2], classes, samples=0)
+    assert nothing["top5"].value == 0
+    assert "top5" not in classification(scores[:, :5], classes[labels.clamp(max=4) % 5], classes[:5], samples=0)
+
+
+def test_a_label_that_is_no_column_is_wrong_and_a_class_of_its_own() -> None:
+    classes = torch.tensor([1, 5])
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    found = classification(scores, torch.tensor([1, 1, 5, 9]), classes, samples=0)
+    assert found["top1"].value == 0.75
+    assert found["recall"].value == pytest.approx((1 + 1 + 0) / 3)
+    assert found["precision"].value == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_intervals_of_macro_metrics_are_those_of_resampled_rows() -> None:
+    scores, labels, classes = scored(200, 6, 6)
+    found = classification(scores, labels, classes, samples=400)
+    assert found["top1"].interval == bootstrap_interval(classes[scores.argmax(1)] == labels, samples=400)
+    draws = torch.randint(200, (400, 200), generator=torch.Generator().manual_seed(0))
+    values = [classification(scores[rows], labels[rows], classes, samples=0)["f1"].value for rows in draws]
+    assert found["f1"].interval == pytest.approx(np.quantile(values, [0.025, 0.975]))
+    twice = torch.arange(200).repeat(2)
+    grouped = classification(scores[twice], labels[twice], classes, groups=twice, samples=400)
+    for name, metric in grouped.items():
+        assert metric.interval == pytest.approx(found[name].interval)
+    assert classification(scores, labels, classes, groups=torch.ones(200), samples=400)["f1"].interval is None
+
+
+@pytest.mark.parametrize("decimals", [0, 3])
+def test_map_and_auc_equal_sklearn(decimals: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.rand(150, 7, generator=generator) < 0.2
+    labels[:, 5], labels[:, 6] = False, True  # neither has an AUC, the first no precision
+    scores = (torch.randn(150, 7, generator=generator) + labels).round(decimals=decimals)
+    found = multilabel(scores, labels, samples=300)
+    precisions = [sklearn.metrics.average_precision_score(labels[:, i], scores[:, i]) for i in (0, 1, 2, 3, 4, 6)]
+    areas = [sklearn.metrics.roc_auc_score(labels[:, i], scores[:, i]) for i in range(5)]
+    assert found["map"].value == pytest.approx(np.mean(precisions), abs=1e-12)
+    assert found["auc"].value == pytest.approx(np.mean(areas), abs=1e-12)
+    draws = torch.randint(150, (300, 150), generator=torch.Generator().manual_seed(0))
+    values = [multilabel(scores[rows], labels[rows], samples=0)["map"].value for rows in draws]
+    assert found["map"].interval == pytest.approx(np.quantile(values, [0.025, 0.975]))
+
+
+def test_metrics_refuse_what_they_cannot_score() -> None:
+    scores, labels, classes = scored(20, 6, 6)
+    with pytest.raises(ValueError, match=r"N >= 1, got \(20, 6\), \(19,\) and \(6,\)"):
+        classification(scores, labels[1:], classes)
+    with pytest.raises(ValueError, match=r"^groups must be \(20,\) like the labels, got \(3,\)"):
+        classification(scores, labels, classes, groups=torch.arange(3))
+    with pytest.raises(ValueError, match=r"^samples must be at least 0, got -1"):
+        classification(scores, labels, classes, samples=-1)
+    with pytest.raises(ValueError, match=r"^multilabel needs scores .* got \(20, 6\) and \(20, 6\) torch.int64"):
+        multilabel(scores, labels[:, None].expand(20, 6))
+    with pytest.raises(ValueError, match="class that some samples have and others lack, got none"):
+        multilabel(scores, torch.zeros(20, 6, dtype=torch.bool))

@@ -32,7 +32,7 @@ from eval.panel import Panel, Seen, choose, instances
 from eval.ridge import ridge_probe
 from pretrain.model.encoder import Encoder
 from tests.server import Server, run_server
-from tests.tiny import COUNTS, open_shards, samples, tiny_encoder, tiny_tokenizer, write_split
+from tests.tiny import COUNTS, embeddings_of, open_shards, samples, tiny_encoder, tiny_tokenizer, write_split
 
 CPU = torch.device("cpu")
 CONFIG = MonitorConfig(every=5)
@@ -100,11 +100,11 @@ def test_the_numbers_are_those_of_the_functions_they_are_named_after(tiny: Tiny)
     for name, found in held_out.items():
         fitted, scored = (Split(part.features, part.labels) for part in (train[name], found))
         expected[f"rankme/{name}"] = rankme(found.features)
-        expected[f"uniformity/{name}"] = uniformity(found.embeddings)
+        expected[f"uniformity/{name}"] = uniformity(embeddings_of(found))
         expected[f"ridge/{name}"] = ridge_probe(fitted, scored).top1
         expected[f"knn/{name}"] = knn(fitted, scored).top1
     for a, b in (("image", "text"), ("image", "audio"), ("text", "audio")):
-        x, y = held_out[a].embeddings, held_out[b].embeddings
+        x, y = embeddings_of(held_out[a]), embeddings_of(held_out[b])
         expected[f"alignment/{a}_{b}"], expected[f"gap/{a}_{b}"] = alignment(x, y), modality_gap(x, y)
         content = [held_out[name].content.tolist() for name in (a, b)]
 
@@ -149,7 +149,8 @@ def test_missing_modalities(tiny: Tiny, tmp_path: Path) -> None:
         }
     found = extract([tiny.encoder], tiny.tokenizer, source, list(range(27)), CPU, 5, 0)[0]
     both = sorted(set(found["image"].labels.tolist()) & set(found["text"].labels.tolist()))
-    sides = [part.embeddings[torch.isin(part.labels, torch.tensor(both))] for part in (found["image"], found["text"])]
+    wanted = torch.tensor(both)
+    sides = [embeddings_of(part)[torch.isin(part.labels, wanted)] for part in (found["image"], found["text"])]
     assert values["alignment/image_text"] == pytest.approx(alignment(*sides), abs=1e-5)
     assert len(both) == 12
 
@@ -331,7 +332,7 @@ def test_labels_and_rows_belong_to_the_chosen_samples(tiny: Tiny) -> None:
     for name, seen in panel.encode(tiny.encoder).items():
         assert seen.rows.tolist() == list(range(20))
         torch.testing.assert_close(seen.features, whole[name].features[numbers], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(seen.embeddings, whole[name].embeddings[numbers], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen.embeddings, embeddings_of(whole[name])[numbers], rtol=1e-5, atol=1e-5)
         assert torch.equal(seen.content, whole[name].content[numbers])
         labels = [number % 3 for number in numbers]
         assert len(set(zip(labels, seen.labels.tolist(), strict=True))) == 3 == len(set(seen.labels.tolist()))

@@ -12,6 +12,7 @@ import yaml
 from objectives.pretraining import Pretraining
 from pretrain.config import load_config
 from pretrain.explain import commented_yaml
+from pretrain.exports.manifest import check
 from pretrain.run import closing_screen, main
 from tests.tiny import CAPTIONS, CLASSES, COUNTS, write_recipe
 
@@ -112,6 +113,15 @@ def test_a_mistake_of_the_user_is_one_clear_error(
     assert words in error
 
 
+def test_a_run_whose_export_would_be_refused_does_not_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, export = write_recipe(tmp_path), tmp_path / "run" / "export"
+    (export / "image").mkdir(parents=True)
+    (export / "image" / "cat.jpg").write_text("a cat")
+    assert main([str(recipe)]) == 2
+    assert "export holds files that are no export (image)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["export"]
+
+
 def test_a_run_from_shards_to_export_and_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +134,11 @@ def test_a_run_from_shards_to_export_and_again(
     assert (out / "checkpoints" / "last" / "encoder" / "model.safetensors").is_file()
     for modality in ("image", "text", "audio"):
         assert (out / "export" / modality / "model.safetensors").is_file()
+    described = check(out / "export")
+    assert described["verified"]["with"] == "4 samples of train"
     document = json.loads((out / "eval" / "results.json").read_text())
+    score = f"{100 * document['results']['linear/image']['top1']:.1f}"
+    assert score in (out / "export" / "image" / "README.md").read_text()  # evaluated before it was exported
     assert document["schema"] == 1
     assert document["about"]["encoder"]["folder"].endswith("step-00000012/encoder")
     assert {name: split["samples"] for name, split in document["about"]["splits"].items()} == COUNTS
@@ -133,7 +147,7 @@ def test_a_run_from_shards_to_export_and_again(
     for path in ("metrics.jsonl", "checkpoints/step-00000012", "eval/results.json", "export"):
         assert str(out / path) in shown
     assert "step 12/12" in shown
-    assert f"{100 * document['results']['linear/image']['top1']:.1f}" in shown
+    assert score in shown
 
     # Started again, it finds nothing left to train, and gives the same results.
     monkeypatch.setattr(Pretraining, "forward", lambda *_, **__: pytest.fail("trained again"))
@@ -158,7 +172,8 @@ def test_without_a_label_it_is_not_scored(tmp_path: Path, capsys: pytest.Capture
 def test_a_run_without_audio_has_no_audio_anywhere(tmp_path: Path) -> None:
     assert main([str(write_recipe(tmp_path)), "data.views.audio=null", "train.steps=2"]) == 0
     out = tmp_path / "run"
-    assert sorted(path.name for path in (out / "export").iterdir()) == ["image", "text"]
+    folders = {path.name for path in (out / "export").iterdir() if path.is_dir()}
+    assert folders == {"image", "text", "embed_image", "embed_text", "image_text", "joint"}
     assert "audio" not in (out / "metrics.jsonl").read_text()
     assert not any("audio" in task for task in json.loads((out / "eval" / "results.json").read_text())["results"])
 
@@ -187,9 +202,11 @@ def test_the_digits_are_learnt(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results: dict[str, dict[str, Any]] = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["results"]
     least = {"linear/image": 0.97, "zeroshot/image": 0.95, "linear/audio": 0.89, "zeroshot/audio": 0.84}
-    scores = {task: results[task]["top1"] for task in least}
+    scores = {task: results[task]["metrics"]["top1"]["value"] for task in least}
     assert {task: score for task, score in scores.items() if score < least[task]} == {}
-    assert {task: score for task, score in scores.items() if score <= results[task]["random_init"]["top1"]} == {}
+    assert {
+        task: score for task, score in scores.items() if score <= results[task]["baselines"]["random_init"]["top1"]
+    } == {}
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     terms = ("image_text", "image_audio", "text_audio", "masked_language", "masked_image", "masked_audio")

@@ -9,8 +9,14 @@ from eval.report import Results, table, write_results
 from pretrain.summary import previous_results, results_table, warnings_of
 
 RESULTS: Results = {
-    "linear/image": {"top1": 0.75, "interval": [0.7, 0.8], "chance": {"top1": 0.1}},
-    "retrieval/image_to_text": {"r1": 0.5, "r5": 0.8},
+    "linear/image": {
+        "metrics": {"top1": {"value": 0.75, "interval": [0.7, 0.8]}},
+        "baselines": {"chance": {"top1": 0.1}},
+    },
+    "retrieval/image_to_text": {
+        "metrics": {"r1": {"value": 0.5, "interval": None}, "r5": {"value": 0.8, "interval": None}},
+        "baselines": {},
+    },
 }
 ABOUT = {"encoder": {"folder": "a", "sha256": "1"}, "splits": {"test": {"samples": 3}}, "eval": {"label": "label"}}
 
@@ -95,7 +101,10 @@ def test_steps_and_samples_that_were_skipped_are_counted() -> None:
 
 
 def test_the_table_has_the_change_beside_each_score() -> None:
-    before: Results = {"linear/image": {"top1": 0.5}, "retrieval/image_to_text": {"r1": 0.5125}}
+    before: Results = {
+        "linear/image": {"metrics": {"top1": {"value": 0.5, "interval": None}}, "baselines": {}},
+        "retrieval/image_to_text": {"metrics": {"r1": {"value": 0.5125, "interval": None}}, "baselines": {}},
+    }
     header, rule, *rows = results_table(RESULTS, before).splitlines()
     assert header.split()[-1] == "change"
     assert [row.split()[-1] for row in rows] == ["+25.0", "-1.2", "80.0"]  # nothing was known of r5
@@ -103,7 +112,15 @@ def test_the_table_has_the_change_beside_each_score() -> None:
     assert header.startswith(table(RESULTS).splitlines()[0])
 
 
-@pytest.mark.parametrize("previous", [None, {}, {"linear/text": {"top1": 0.5}}, {"linear/image": {"r1": 0.5}}])
+@pytest.mark.parametrize(
+    "previous",
+    [
+        None,
+        {},
+        {"linear/text": {"metrics": {"top1": {"value": 0.5}}}},
+        {"linear/image": {"metrics": {"r1": {"value": 0.5}}}},
+    ],
+)
 def test_without_anything_to_compare_with_it_is_the_plain_table(previous: Results | None) -> None:
     assert results_table(RESULTS, previous) == table(RESULTS)
 
@@ -114,7 +131,7 @@ def test_previous_results_may_be_of_other_weights_only(tmp_path: Path) -> None:
     write_results(path, RESULTS, ABOUT)
     assert previous_results(path, {**ABOUT, "encoder": {"folder": "b", "sha256": "2"}}) == RESULTS
     assert previous_results(path, {**ABOUT, "splits": {"test": {"samples": 4}}}) is None
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 0'))
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 0'))
     assert previous_results(path, ABOUT) is None
     path.write_text("{")
     assert previous_results(path, ABOUT) is None

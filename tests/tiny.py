@@ -12,6 +12,7 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data.index import find_shards, load_shards
@@ -19,6 +20,7 @@ from data.shards import write_shards
 from data.source import Source
 from data.text import train_tokenizer
 from data.transforms import AudioView, ImageView, TextView, Views
+from eval.features import Features
 from pretrain.config import Config, load_config
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import ModelConfig, Vocabulary
@@ -138,3 +140,9 @@ def tiny_encoder(tokenizer: PreTrainedTokenizerBase, seed: int = 0, model: Model
 def tiny_trained_state(folder: Path) -> dict[str, torch.Tensor]:
     """The encoder's weights in a checkpoint's folder."""
     return dict(Encoder.load(folder / "encoder").state_dict())
+
+
+def embeddings_of(features: Features) -> Tensor:
+    """Those of an encoder that has a shared space."""
+    assert features.embeddings is not None
+    return features.embeddings

@@ -1,0 +1,111 @@
+"""The samples of each split and their labels; a validation split cut from the training one, where there is none."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+from torch import Tensor
+
+from data.source import Source
+from eval.features import Features
+from eval.tasks import EvalConfig, EvaluationError
+
+FOLDS = 10
+"""Of which one serves for validation."""
+
+
+def read_labels(splits: Mapping[str, Source], config: EvalConfig) -> dict[str, Tensor]:
+    """The labels of every split, in the order of the shards: (N,) int64, or (N, C) bool where they are lists.
+
+    Raises:
+        SampleError: a sample without a label.
+        EvaluationError: labels that are of several kinds, or outside ``config.classes``.
+    """
+    if config.label is None:
+        raise EvaluationError("eval.label is null: there is nothing to score against")
+    labels = {name: source.labels(config.label) for name, source in splits.items()}
+    ids, _ = label_ids(labels, config.classes)
+    return ids
+
+
+def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Labels as tensors, and the classes' names: numbers stay, names become their place in ``classes``.
+
+    Without ``classes`` names are in sorted order. Lists of names or numbers become (N, C) bool.
+
+    Raises:
+        EvaluationError: labels that are neither, or outside ``classes``.
+    """
+    everything = [label for split in labels.values() for label in split]
+    if everything and all(isinstance(label, list) for label in everything):
+        flat = {split: [each for label in values for each in label] for split, values in labels.items()}
+        found, names = label_ids(flat, classes)
+        count = len(names) or 1 + max((int(ids.max()) for ids in found.values() if len(ids)), default=0)
+        if any(len(ids) and int(ids.min()) < 0 for ids in found.values()):
+            raise EvaluationError("labels in lists must be names, or numbers of 0 or more")
+        hot = {}
+        for split, values in labels.items():
+            rows = torch.arange(len(values)).repeat_interleave(torch.tensor([len(label) for label in values]).long())
+            hot[split] = torch.zeros(len(values), count, dtype=torch.bool)
+            hot[split][rows, found[split]] = True
+        return hot, names
+    if all(type(label) is int for label in everything):  # a bool is an int, too
+        outside = sorted({label for label in everything if classes and not 0 <= label < len(classes)})
+        if outside:
+            raise EvaluationError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")
+        return {split: torch.tensor(values, dtype=torch.int64) for split, values in labels.items()}, list(classes)
+    if not all(isinstance(label, str) for label in everything):
+        kinds = sorted({type(label).__name__ for label in everything})
+        raise EvaluationError(
+            f"labels must be all whole numbers, all names or all lists of them, got {', '.join(kinds)}"
+        )
+    names = list(classes) or sorted(set(everything))
+    unknown = sorted(set(everything) - set(names))
+    if unknown:
+        raise EvaluationError(f"labels {unknown[:5]} are not among eval.classes: {', '.join(names)}")
+    places = {name: place for place, name in enumerate(names)}
+    return {
+        split: torch.tensor([places[v] for v in values], dtype=torch.int64) for split, values in labels.items()
+    }, names
+
+
+def hold_out(labels: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
+    """(N,) bool, a tenth of the samples for validation, always the same ones.
+
+    Args:
+        labels: (N,) int64, of which every class gives its tenth as far as it can, or (N, C) bool.
+        groups: of every sample; those of one group stay together. None: each is its own.
+
+    Raises:
+        EvaluationError: fewer than ten samples or groups.
+    """
+    units = len(labels) if groups is None else len(set(groups))
+    if units < FOLDS:
+        what = "samples" if groups is None else "groups"
+        raise EvaluationError(f"a validation split is to be cut from {units} {what}: name one with --val")
+    plain = labels.ndim > 1 or int(torch.unique(labels, return_counts=True)[1].max()) < FOLDS
+    folds: Any = KFold if plain else StratifiedKFold
+    if groups is not None:
+        folds = GroupKFold if plain else StratifiedGroupKFold
+    folds = folds(FOLDS) if folds is GroupKFold else folds(FOLDS, shuffle=True, random_state=0)
+    numbers = None if groups is None else np.unique([str(group) for group in groups], return_inverse=True)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some classes have fewer than ten samples
+        _, rows = next(folds.split(np.zeros(len(labels)), None if plain else labels.numpy(), numbers))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.from_numpy(rows)] = True
+    return chosen
+
+
+def part(features: Mapping[str, Features], chosen: Tensor) -> dict[str, Features]:
+    """Those of the ``chosen`` (N,) bool samples of a split; ``rows`` are their places among these."""
+    places = chosen.cumsum(0) - 1
+    found = {}
+    for name, whole in features.items():
+        mine = chosen[whole.rows]
+        taken = Features(*(None if values is None else values[mine] for values in whole))  # type: ignore[arg-type]
+        found[name] = taken._replace(rows=places[taken.rows])
+    return {name: each for name, each in found.items() if len(each.rows)}
