@@ -182,7 +182,8 @@ def _axes(x: Tensor) -> _Axes:
     if scaled.shape[1] > scaled.shape[0]:
         basis = torch.linalg.qr(scaled.T).Q
         rows = scaled @ basis
-    variances, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    # In float32 LAPACK now and then does not converge where many variances are 0.
+    variances, vectors = (each.float() for each in torch.linalg.eigh((rows.T @ rows / len(rows)).double()))
     ones = torch.ones_like(rows[:, :1])
     rotated = torch.cat([rows @ vectors, ones], 1)
     variances = torch.cat([variances.clamp(min=0), ones[0]])
