@@ -34,7 +34,7 @@ HEADLINES = {
     "knn": ("top1",),
     "fewshot": ("top1_1shot", "top1_10shot"),
     "zeroshot": ("top1",),
-    "retrieval": ("r1", "r5", "r10"),
+    "retrieval": ("r1", "r10"),
     "fusion": ("top1",),
 }
 

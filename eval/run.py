@@ -188,6 +188,11 @@ def _joint(
         parts = joint_features(scored.encoder, scored.tokenizer, source, sets, device, config.batch_size, workers)
         joint[split] = parts[0]
         without |= dict(zip(names, parts[1:], strict=False))
+    width = scored.encoder.config.width
+    for place, features in enumerate(each.features for each in without.values()):
+        # In the place of what is missing stands its mean, as in other fusions.
+        own = slice(place * width, (place + 1) * width)
+        features[:, own] = joint["train"].features[:, own].mean(0)
     return joint, without
 
 

@@ -46,9 +46,9 @@ def test_pooling_is_multi_head_attention_with_one_query() -> None:
 
 
 def test_a_grid_side_by_side_is_as_many_probes_and_the_best_on_val_is_chosen() -> None:
-    train, val, test = tokens(200, 0), tokens(100, 1), tokens(150, 2)
+    train, val, test = tokens(100, 0), tokens(100, 1), tokens(150, 2)
     rates = [1e-4, 3e-3, 1e-2]
-    few: dict[str, Any] = {"epochs": 8, "heads": 2, "batch_size": 32}
+    few: dict[str, Any] = {"epochs": 8, "heads": 2, "batch_size": 50}
     alone = [attentive_probe(train, val, test, learning_rates=[rate], samples=0, **few) for rate in rates]
     side = attentive_probe(train, val, test, learning_rates=rates[::-1], samples=50, **few)
     best = max(result.val_top1 for result in alone)
@@ -90,7 +90,7 @@ def test_training_is_adamw_with_a_cosine_on_shuffled_batches() -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_it_finds_the_token_that_tells(padded: bool) -> None:
-    train, val, test = tokens(600, 0, padded), tokens(200, 1, padded), tokens(200, 2, padded)
+    train, val, test = tokens(400, 0, padded), tokens(100, 1, padded), tokens(200, 2, padded)
     with torch.inference_mode():
         result = attentive_probe(train, val, test, learning_rates=[3e-3, 1e-2], epochs=15, heads=2, batch_size=64)
     assert result.top1 > 0.9

@@ -619,6 +619,7 @@ def test_a_full_disk_leaves_no_half_shard(source: Path, tmp_path: Path, monkeypa
 
 def run_aside(error: Path, arguments: tuple[Any, ...]) -> None:
     """What a process does that is to be killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with error.open("w", buffering=1) as sys.stderr:
         sys.exit(run(*arguments))
 

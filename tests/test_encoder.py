@@ -79,9 +79,17 @@ def test_text_positions_count_from_behind_the_padding_id() -> None:
     assert model.tokens("text", Field(longest, torch.arange(1), valid)).x.shape == (1, 12, 32)
 
 
-def test_text_is_never_dropped() -> None:
-    with pytest.raises(ValueError, match="keep must be None"):
-        encoder().tokens("text", field("text", 2), torch.zeros(2, 1, dtype=torch.int64))
+def test_kept_tokens_are_those_of_the_whole_text() -> None:
+    model, inputs = encoder(), field("text", 3)
+    valid = torch.arange(inputs.x.shape[1]) < torch.tensor([[6], [5], [3]])
+    inputs = inputs._replace(valid=valid)
+    keep = torch.tensor([[0, 2, 4, 5], [0, 1, 3, 4], [0, 1, 2, 5]])
+    whole, kept = model.tokens("text", inputs), model.tokens("text", inputs, keep)
+    assert whole.valid is not None
+    assert kept.valid is not None
+    assert torch.equal(kept.valid, torch.tensor([[True] * 4, [True] * 4, [True] * 3 + [False]]))
+    for row in range(3):
+        assert torch.equal(kept.x[row], whole.x[row, keep[row]])
 
 
 @pytest.mark.parametrize(("modality", "patches"), [("image", 16), ("audio", 8)])

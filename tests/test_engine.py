@@ -361,7 +361,7 @@ def test_a_look_at_the_pulls_leaves_the_centres_of_prototypes_alone(tmp_path: Pa
 def test_a_run_may_begin_with_an_export_and_a_resumed_one_goes_on(
     tmp_path: Path, whole: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported = export(*load_encoder(whole.checkpoint), tmp_path / "export")["image"]
+    exported = export(*load_encoder(whole.checkpoint), tmp_path / "export", fresh=False)["image"]
     settings = [f"init_from.image={exported}", "train.learning_rate=1e-9", "train.save_every=1"]
     checkpoint = pretrain.engine.pretrain(tiny_config(tmp_path, *settings, "train.steps=1"))
     assert f"initial   image from {exported}: loaded " in capsys.readouterr().out

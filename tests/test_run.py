@@ -137,14 +137,14 @@ def test_a_run_from_shards_to_export_and_again(
     described = check(out / "export")
     assert described["verified"]["with"] == "4 samples of train"
     document = json.loads((out / "eval" / "results.json").read_text())
-    score = f"{100 * document['results']['linear/image']['top1']:.1f}"
+    score = f"{100 * document['results']['linear/image']['metrics']['top1']['value']:.1f}"
     assert score in (out / "export" / "image" / "README.md").read_text()  # evaluated before it was exported
-    assert document["schema"] == 1
-    assert document["about"]["encoder"]["folder"].endswith("step-00000012/encoder")
+    assert document["schema"] == 2
+    assert document["about"]["encoder"]["name"].endswith("step-00000012")
     assert {name: split["samples"] for name, split in document["about"]["splits"].items()} == COUNTS
     assert {"linear/image", "zeroshot/audio", "retrieval/text_to_image"} <= document["results"].keys()
     assert not list(out.rglob("*partial*"))
-    for path in ("metrics.jsonl", "checkpoints/step-00000012", "eval/results.json", "export"):
+    for path in ("metrics.jsonl", "checkpoints/step-00000012", "eval/results.json", "eval/report.html", "export"):
         assert str(out / path) in shown
     assert "step 12/12" in shown
     assert score in shown

@@ -265,7 +265,7 @@ def test_looks_and_exports_are_of_the_average(averaged: Averaged, tmp_path: Path
     (looked_at,) = averaged.looked_at
     for name, tensor in averaged.by_hand(4).items():
         torch.testing.assert_close(looked_at[name].double(), tensor, rtol=1e-5, atol=1e-6)
-    folder = export(*load_encoder(at(averaged.folder, STEPS)), tmp_path)["image"]
+    folder = export(*load_encoder(at(averaged.folder, STEPS)), tmp_path / "export", fresh=False)["image"]
     average, name = (
         load_encoder(at(averaged.folder, STEPS)).encoder.state_dict(),
         "blocks.0.feed_forward.all.fc1.weight",
