@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.add_argument(f"--{name}", nargs="+", required=required, metavar="SHARDS", help=f"{name} shards{note}")
     run.add_argument("--label", help="field of the .json that holds the class; without it, tasks that need none")
     run.add_argument("--group", help="field of the .json; its samples stay together where validation is cut from train")
-    run.add_argument("--tasks", help=f"of {','.join(TASKS)}; all if not given")
+    run.add_argument("--tasks", help=f"of {','.join(TASKS)}; all but attentive if not given")
     run.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="class names, for zero-shot")
     run.add_argument("--templates", nargs="+", metavar="TEXT", help="prompts with {} for the class, for zero-shot")
     run.add_argument("--prompts", type=Path, help="file with templates, a line each, or JSON with classes, too")
@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> None:
         prompts = read_prompts(arguments.prompts)
         templates, classes = prompts.templates, prompts.classes or []
     settings = {} if templates is None else {"templates": templates}
-    wanted = list(TASKS) if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
+    wanted = EvalConfig().tasks if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
     lacking = [name for name in wanted if arguments.tasks and name in TASKS and TASKS[name].labels]
     if lacking and arguments.label is None:
         raise EvaluationError(f"--tasks {lacking[0]} needs --label, the field of each sample's .json with its class")

@@ -32,6 +32,7 @@ HEADER = ("task", "metric", "score", "95 % interval", "random encoder", "raw inp
 HEADLINES = {
     "linear": ("top1", "map"),
     "knn": ("top1",),
+    "attentive": ("top1",),
     "fewshot": ("top1_1shot", "top1_10shot"),
     "zeroshot": ("top1",),
     "retrieval": ("r1", "r10"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.source import Source
+from eval.attentive import TokenSplit
 from eval.encoders import Pretrained, Raw
 from eval.features import Features, World, sweep
 from eval.fusion import Part
@@ -20,6 +21,7 @@ from eval.ridge import ridge_probe
 from eval.scored import LAST, Scored
 from eval.splits import hold_out, label_ids, part
 from eval.tasks import SPLITS, TASKS, EvalConfig, EvaluationError, Outcome, Study
+from eval.tokens import cut, token_splits
 
 PROBES = ("linear", "knn", "fewshot")
 
@@ -74,7 +76,8 @@ def evaluate(
         EvaluationError: labels that don't fit ``config.classes``, or that a task refuses.
     """
     world = world or World()
-    labels, names = _labels(splits, config)
+    whole_labels, names = _labels(splits, config)
+    labels = whole_labels
     random = None if isinstance(scored, Raw) else scored.random()
     several = [scored] if random is None else [scored, random]
     found: list[dict[tuple[int, str], dict[str, dict[str, Features]]]] = [{} for _ in several]
@@ -85,6 +88,7 @@ def evaluate(
         for features, by_key in zip(found, swept, strict=True):
             for key, of_split in by_key.items():
                 features.setdefault(key, {})[split] = of_split
+    held = None
     if "val" not in splits:
         groups = None if group is None else splits["train"].labels(group)
         held = hold_out(labels["train"], groups)
@@ -100,21 +104,26 @@ def evaluate(
     without: dict[str, Part] = {}
     if (
         "fusion" in config.tasks
+        and config.label is not None
         and isinstance(scored, Pretrained)
         and len(trained["test"]) == len(scored.modalities) > 1
     ):
         joint, without = _joint(scored, splits, config, device, workers)
-        if "val" not in splits:
+        if held is not None:
             joint |= _cut(joint["train"], held)
 
-    study = Study(config, scored, random, trained, untrained, labels, names, joint, without)
+    tokens = []
+    if "attentive" in config.tasks and config.label is not None and whole_labels["test"].ndim == 1:
+        ours = [each for each in several if isinstance(each, Pretrained)]
+        tokens = [_tokens(each, splits, whole_labels, held, config, device, workers) for each in ours]
+    study = Study(config, scored, random, trained, untrained, labels, names, joint, without, tokens)
     outcome, skipped = run_tasks(study)
     if len(found[0]) > 1:
-        for task, each in outcome.results.items():
+        for task, result in outcome.results.items():
             kind, _, modality = task.partition("/")
             if kind in PROBES:
                 layer, pooling = places[modality]
-                each["chosen"] = {"layer": layer, "pooling": pooling, **each.get("chosen", {})}
+                result["chosen"] = {"layer": layer, "pooling": pooling, **result.get("chosen", {})}
     return Evaluation(outcome.results, outcome.predictions, _page(study, splits["test"], outcome, run), skipped)
 
 
@@ -194,6 +203,25 @@ def _joint(
         own = slice(place * width, (place + 1) * width)
         features[:, own] = joint["train"].features[:, own].mean(0)
     return joint, without
+
+
+def _tokens(
+    scored: Pretrained,
+    splits: Mapping[str, Source],
+    labels: Mapping[str, Tensor],
+    held: Tensor | None,
+    config: EvalConfig,
+    device: torch.device,
+    workers: int,
+) -> dict[str, dict[str, tuple[TokenSplit, Tensor]]]:
+    """Token states of every split; ``held`` are the samples of train that serve for validation."""
+    found = {
+        split: token_splits(scored, source, labels[split], device, config.batch_size, workers)
+        for split, source in splits.items()
+    }
+    if held is not None:
+        found |= {"val": cut(found["train"], held), "train": cut(found["train"], ~held)}
+    return found
 
 
 def _cut(whole: Part, held: Tensor) -> dict[str, Part]:

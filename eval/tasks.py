@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.transforms import make_field
+from eval.attentive import TokenSplit, attentive_probe
 from eval.features import Features
 from eval.fewshot import fewshot_probe
 from eval.fusion import Fused, FusionSplit, Part, fuse
@@ -42,7 +43,8 @@ class EvalConfig:
     tasks: list[str] = field(
         default_factory=lambda: ["linear", "knn", "fewshot", "zeroshot", "retrieval", "fusion", "labelfree"]
     )
-    """What to score. Allowed: linear, knn, fewshot, zeroshot, retrieval, fusion, labelfree."""
+    """What to score. Allowed: linear, knn, fewshot, zeroshot, retrieval, fusion, labelfree; and attentive, which takes
+    its time and holds the states of all tokens in memory."""
     classes: list[str] = field(default_factory=list)
     """Names of the classes for zero-shot, in the order of the numbers; empty skips zero-shot."""
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
@@ -76,6 +78,7 @@ class Study(NamedTuple):
         names: of the classes; empty where they are numbers.
         joint: split -> features of the encoder's pass over all modalities, where it has one.
         joint_without: modality -> of the test split, the same without it.
+        tokens: of ``scored``, then of ``random``: split -> modality -> token states and rows, if they are wanted.
     """
 
     config: EvalConfig
@@ -87,6 +90,7 @@ class Study(NamedTuple):
     names: Sequence[str]
     joint: Mapping[str, Part]
     joint_without: Mapping[str, Part]
+    tokens: Sequence[Mapping[str, Mapping[str, tuple[TokenSplit, Tensor]]]] = ()
 
     @property
     def several(self) -> bool:
@@ -167,6 +171,29 @@ def _probes(study: Study, task: str, probe: Callable[..., ProbeResult], needs_va
         _predictions(outcome, name, result.correct, test)
         if not study.several and task == "linear":
             outcome.confusions[name] = confusion(result.predicted, test.labels, study.names)
+    return outcome
+
+
+def attentive(study: Study) -> Outcome:
+    """A learned query attends to the tokens of each modality."""
+    outcome = Outcome({}, {}, {})
+    if not study.tokens:
+        return outcome
+    for modality, (scored, _) in study.tokens[0]["test"].items():
+        found: list[ProbeResult] = []
+        test = study.trained["test"][modality]
+        for tokens, samples in zip(study.tokens, (1000, 0), strict=False):
+            parts = [tokens[split][modality][0] for split in SPLITS if modality in tokens[split]]
+            if len(parts) < len(SPLITS):
+                raise EvaluationError(f"attentive/{modality}: the test split has {modality}, another one has none")
+            found.append(attentive_probe(*parts, content=test.content, samples=samples))
+        result = found[0]
+        baselines: dict[str, Mapping[str, float]] = {"random_init": _values(found[1].metrics)} if found[1:] else {}
+        train_labels = study.tokens[0]["train"][modality][0].y
+        guessed = _guessed(train_labels, scored.y, result.metrics)
+        name = f"attentive/{modality}"
+        outcome.results[name] = entry(result.metrics, baselines | guessed, result.chosen, _counts(test))
+        _predictions(outcome, name, result.correct, test)
     return outcome
 
 
@@ -366,6 +393,7 @@ TASKS: dict[str, Task] = {
     "linear": Task(linear, several=True),
     "knn": Task(nearest),
     "fewshot": Task(few),
+    "attentive": Task(attentive, needs="it needs the token states of an encoder of this project"),
     "zeroshot": Task(zeroshot, needs="it needs class names, and an encoder that embeds text"),
     "retrieval": Task(retrieval, labels=False, several=True, needs="it needs two modalities in one space"),
     "fusion": Task(fusion, needs="it needs two modalities"),

@@ -27,6 +27,7 @@ from eval.run import Evaluation
 from eval.run import evaluate as evaluate_scored
 from eval.splits import hold_out, label_ids, part
 from eval.tasks import EvalConfig, EvaluationError
+from eval.tokens import cut, token_splits
 from pretrain.model.encoder import Encoder
 from tests.tiny import (
     CAPTIONS,
@@ -408,6 +409,34 @@ def test_the_joint_pass_is_that_of_the_encoder(tiny: Tiny, tmp_path: Path) -> No
                 assert (own - expected).abs().max() < 1e-5
 
 
+def test_an_attentive_probe_reads_the_tokens_of_the_encoder(tiny: Tiny, tmp_path: Path) -> None:
+    source = mixed(tmp_path, ["ita", "t", "ia", "a", "ti"])
+    scored, labels = Pretrained("tiny", tiny.encoder, tiny.tokenizer), torch.arange(5) * 10
+    found = token_splits(scored, source, labels, CPU, 2, 0)
+    for name, members in (("image", [0, 2, 4]), ("text", [0, 1, 4]), ("audio", [0, 2, 3])):
+        split, rows = found[name]
+        assert rows.tolist() == members
+        assert split.y.tolist() == [10 * row for row in members]
+        for number, row in enumerate(members):
+            view = VIEWS.used[name]
+            shard, sample = list(source.places())[row]
+            values = source.values(shard, sample, {name: view}, training=False)
+            field = view.on_device()(make_field(view, [values[name]], tiny.tokenizer))
+            with torch.inference_mode():
+                states = tiny.encoder.encode(name, field)[0, {"image": 1, "text": 0, "audio": 2}[name] :]
+            own = split.x[number] if split.valid is None else split.x[number][split.valid[number]]
+            assert (own.float() - states).abs().max() < 1e-2
+    halves = cut(found, torch.tensor([True, True, False, False, False]))
+    assert halves["text"][0].y.tolist() == [0, 10]
+    assert halves["image"][1].tolist() == [0]
+
+    splits = {name: tiny.splits[name] for name in ("train", "test")}
+    results = evaluate(tiny.encoder, tiny.tokenizer, splits, EvalConfig("label", ["attentive"])).results
+    assert results.keys() == {"attentive/image", "attentive/text", "attentive/audio"}
+    assert results["attentive/text"]["metrics"]["top1"]["value"] > 0.5
+    assert results["attentive/text"]["baselines"].keys() == {"random_init", "chance", "majority"}
+
+
 def test_the_table_has_a_line_for_what_matters(tiny: Tiny) -> None:
     lines = table(tiny.results).splitlines()
     header = re.split(r"  +", lines[0].strip())
@@ -457,7 +486,9 @@ def test_the_command_line_gives_the_same_results_and_a_report(
     assert document["results"].keys() == tiny.results.keys()
     for task, result in tiny.results.items():
         for name, metric in result["metrics"].items():
-            assert document["results"][task]["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-4, abs=1e-6)
+            assert document["results"][task]["metrics"][name]["value"] == pytest.approx(
+                metric["value"], rel=1e-4, abs=1e-6
+            )
     printed = capsys.readouterr().out
     assert f"report      {out / 'report.html'}" in printed
     predictions = load_file(out / "predictions.safetensors")
