@@ -1,9 +1,13 @@
 """Rows to batches, in this process or ahead in others; and one pass over a source, for evaluation."""
 
+import atexit
 import gc
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +85,7 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
     handler = signal.getsignal(signal.SIGCHLD)
     # What is frozen, a forked worker's garbage collector leaves alone: it would copy all of it by touching it.
     gc.freeze()
+    before = active_children()
     try:
         items = iter(loader)
     finally:
@@ -89,6 +94,9 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
             # torch's handler raises of a killed worker wherever the process stands, such as halfway through telling
             # the other ranks something. Without it the next batch that is asked for raises.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    # If the program ends while they live, such as by an error whose traceback holds on to this.
+    end = partial(_kill, [each for each in active_children() if each not in before])
+    atexit.register(end)
     try:
         yield from items
     except (RuntimeError, OSError, EOFError) as error:
@@ -99,6 +107,14 @@ def read_ahead(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch 
             f"one of data.workers={workers} reading processes died ({why}); the system kills them where memory runs "
             "out, and they die where shared memory (/dev/shm) does"
         )
+    finally:
+        atexit.unregister(end)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    """End them. Python would ask each, and wait: for ever, where a worker takes its two requests for one."""
+    for process in processes:
+        process.kill()
 
 
 def _outlive_signals(_: int) -> None:

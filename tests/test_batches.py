@@ -1,6 +1,11 @@
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -127,3 +132,40 @@ def test_collate_keeps_rows_of_the_batch() -> None:
     assert (batch.size, batch.keys, list(batch.fields)) == (2, ["a", "b"], ["text", "audio"])
     assert [field.rows.tolist() for field in batch.fields.values()] == [[1], [1]]
     assert collate(given[:1], 1, AUGMENTED, tokenizer(), training=False) == Batch({}, 1, ["a"])
+
+
+ENDS_BADLY = """
+import os, signal
+from multiprocessing import active_children
+from torch.utils.data import IterableDataset
+from data.batches import read_ahead
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield 0
+
+items = read_ahead(Endless(), 1)  # which is still there at the end, as in an error's traceback
+next(items)
+(reader,) = active_children()
+os.kill(reader.pid, signal.SIGSTOP)  # on a busy machine, too, it may not see one request to end before the next
+print(reader.pid, flush=True)
+raise RuntimeError("out of memory")
+"""
+
+
+def test_a_program_that_fails_waits_for_no_reader() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDS_BADLY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        reader = int(program.stdout.readline())
+        try:
+            _, error = program.communicate(timeout=30)
+            assert program.returncode == 1
+            assert "RuntimeError: out of memory" in error
+            assert not psutil.pid_exists(reader)
+        finally:
+            program.kill()
+            if psutil.pid_exists(reader):
+                os.kill(reader, signal.SIGKILL)
