@@ -79,6 +79,10 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = {} if templates is None else {"templates": templates}
     wanted = EvalConfig().tasks if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
     lacking = [name for name in wanted if arguments.tasks and name in TASKS and TASKS[name].labels]
+    if arguments.tasks and "zeroshot" in wanted and not classes:
+        raise EvaluationError("--tasks zeroshot needs --classes, or --prompts with classes")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # what can't be written should show now
     if lacking and arguments.label is None:
         raise EvaluationError(f"--tasks {lacking[0]} needs --label, the field of each sample's .json with its class")
     config = EvalConfig(arguments.label, wanted, classes, batch_size=arguments.batch_size, **settings)

@@ -138,14 +138,14 @@ def compare(folders: Sequence[Path], samples: int = 1000) -> Comparison:
 
     Raises:
         CompareError: there are fewer than two folders, or one is given twice; a file is damaged, of another schema, or
-            lacks what is needed; scores are not finite; test splits differ; no task is in two folders; the two
-            scored no row in common.
+            lacks what is needed; scores are not finite; test splits or labels differ; no task is in two
+            folders; the two scored no row in common.
         OSError: a file can't be read.
     """
     names = _names(folders)
-    splits, scores = {}, {}
+    splits, labels, scores = {}, {}, {}
     for name, folder in zip(names, folders, strict=True):
-        splits[name] = _test_split(folder / "results.json")
+        splits[name], labels[name] = _scored_on(folder / "results.json")
         scores[name] = _read_scores(folder / "predictions.safetensors")
     first = names[0]
     for name in names[1:]:
@@ -153,6 +153,11 @@ def compare(folders: Sequence[Path], samples: int = 1000) -> Comparison:
             raise CompareError(
                 f"{first} and {name} were scored on different test splits (about.splits.test.sha256 is "
                 f"{splits[first][:12]}... and {splits[name][:12]}...): score both on the same shards"
+            )
+        if labels[name] != labels[first]:
+            raise CompareError(
+                f"{first} and {name} were scored by different labels (about.eval.label is {labels[first]} and "
+                f"{labels[name]}): score both by the same"
             )
     tasks = list(dict.fromkeys(task for name in names for task in scores[name]))
     compared = []
@@ -295,8 +300,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(Path(*path)) for path in parts]
 
 
-def _test_split(path: Path) -> str:
-    """The digest of the test split that results are about."""
+def _scored_on(path: Path) -> tuple[str, Any]:
+    """The digest of the test split that results are about, and the field of the labels."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -304,11 +309,13 @@ def _test_split(path: Path) -> str:
     schema = found.get("schema") if isinstance(found, Mapping) else None
     if schema != SCHEMA:
         raise CompareError(f"{path}: schema must be {SCHEMA}, got {schema}: score the encoder again")
+    settings = found["about"].get("eval") if isinstance(found.get("about"), Mapping) else None
+    label = settings.get("label") if isinstance(settings, Mapping) else None
     for key in ("about", "splits", "test", "sha256"):
         if not isinstance(found, Mapping) or key not in found:
             raise CompareError(f"{path}: about.splits.test.sha256 is missing: the test split can't be checked")
         found = found[key]
-    return str(found)
+    return str(found), label
 
 
 def _read_scores(path: Path) -> dict[str, _Scores]:

@@ -84,10 +84,14 @@ def write_reports(folder: Path) -> list[Path]:
             raise ReportError(f"{folder}: no {name}; `python -m eval run ... --out {folder}` makes one") from error
         except ValueError as error:
             raise ReportError(f"{folder / name} is damaged: {error}") from error
+        if not isinstance(found[name], dict):
+            raise ReportError(f"{folder / name} is damaged: no JSON object")
     if found[RESULTS].get("schema") != SCHEMA:
         raise ReportError(
             f"{folder / RESULTS}: schema {found[RESULTS].get('schema')}; this version reads {SCHEMA}. Evaluate again"
         )
+    if lacking := [key for key in ("about", "results") if not isinstance(found[RESULTS].get(key), dict)]:
+        raise ReportError(f"{folder / RESULTS} is damaged: it has no {lacking[0]}")
     return _write_reports(folder, found[RESULTS], found[PAGE])
 
 
@@ -105,7 +109,9 @@ def read_results(path: Path, about: Mapping[str, Any]) -> Results | None:
         found = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    if found.get("schema") != SCHEMA or found.get("about") != json.loads(json.dumps(about)):
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        return None
+    if found.get("about") != json.loads(json.dumps(about)) or not isinstance(found.get("results"), dict):
         return None
     results: Results = found["results"]
     return results

@@ -14,7 +14,7 @@ from eval.encoders import Pretrained, Raw
 from eval.features import Features, World, sweep
 from eval.fusion import Part
 from eval.joint import joint_features
-from eval.linear import Split
+from eval.linear import Split, linear_probe
 from eval.page import Joint, class_names, make
 from eval.report import Results
 from eval.ridge import ridge_probe
@@ -76,6 +76,9 @@ def evaluate(
         EvaluationError: labels that don't fit ``config.classes``, or that a task refuses.
     """
     world = world or World()
+    for name in ("train", "val"):
+        if name in splits and splits[name].fingerprint == splits["test"].fingerprint:
+            raise EvaluationError(f"the {name} split holds the same shards as the test split: nothing would be tested")
     whole_labels, names = _labels(splits, config)
     labels = whole_labels
     random = None if isinstance(scored, Raw) else scored.random()
@@ -97,7 +100,7 @@ def evaluate(
             for by_split in features.values():
                 whole = by_split["train"]
                 by_split |= {"train": part(whole, ~held), "val": part(whole, held)}
-    trained, places = chosen_places(found[0])
+    trained, places = chosen_places(found[0], config)
     untrained = {} if random is None else _at(found[1], places)
 
     joint: dict[str, Part] = {}
@@ -124,12 +127,17 @@ def evaluate(
             if kind in PROBES:
                 layer, pooling = places[modality]
                 result["chosen"] = {"layer": layer, "pooling": pooling, **result.get("chosen", {})}
-    return Evaluation(outcome.results, outcome.predictions, _page(study, splits["test"], outcome, run), skipped)
+    for name in scored.modalities:
+        if name not in trained["test"]:
+            skipped[name] = "the test split has none"
+    page = _page(study, splits["test"], outcome, run)
+    page["left_out"] += [f"{name}: {why}" for name, why in skipped.items()]
+    return Evaluation(outcome.results, outcome.predictions, page, skipped)
 
 
 def run_tasks(study: Study) -> tuple[Outcome, dict[str, str]]:
     """What the tasks of the configuration find, and of those that can't be done why; see ``evaluate``."""
-    outcome, skipped = Outcome({}, {}, {}), dict[str, str]()
+    outcome, skipped = Outcome({}, {}, {}, {}), dict[str, str]()
     for name in study.config.tasks:
         task = TASKS[name]
         if task.labels and study.config.label is None:
@@ -139,6 +147,8 @@ def run_tasks(study: Study) -> tuple[Outcome, dict[str, str]]:
         else:
             try:
                 done = task.run(study)
+            except EvaluationError:
+                raise
             except ValueError as error:
                 raise EvaluationError(f"{name}: {error}") from error
             if not done.results:
@@ -146,6 +156,7 @@ def run_tasks(study: Study) -> tuple[Outcome, dict[str, str]]:
             outcome.results.update(done.results)
             outcome.predictions.update(done.predictions)
             outcome.confusions.update(done.confusions)
+            skipped |= done.left_out
     return outcome, skipped
 
 
@@ -156,22 +167,39 @@ def _labels(splits: Mapping[str, Source], config: EvalConfig) -> tuple[dict[str,
 
 
 def chosen_places(
-    found: Mapping[tuple[int, str], Mapping[str, Mapping[str, Features]]],
+    found: Mapping[tuple[int, str], Mapping[str, Mapping[str, Features]]], config: EvalConfig
 ) -> tuple[dict[str, dict[str, Features]], dict[str, tuple[int, str]]]:
-    """Of each modality the layer and pooling that a ridge probe fitted on train reads best on val.
+    """Of each modality the layer and pooling that a probe fitted on train reads best on val.
+
+    It is a ridge probe; where samples have several labels, a linear probe of one strength, judged by mAP.
 
     Returns:
         split -> modality -> features, and modality -> (layer, pooling).
+
+    Raises:
+        EvaluationError: there is a choice, but no labels, or a split without the modality.
     """
     keys = list(found)
+    if len(keys) > 1 and config.label is None:
+        raise EvaluationError("several layers or poolings need labels to choose by: name one, or give eval.label")
     places: dict[str, tuple[int, str]] = {}
     for modality in found[keys[0]]["test"]:
         places[modality] = keys[0]
         if len(keys) > 1:
             scores = {}
             for key in keys:
-                train, val = (found[key][split][modality] for split in ("train", "val"))
-                scores[key] = ridge_probe(Split(train.features, train.labels), Split(val.features, val.labels)).top1
+                parts = [found[key][split].get(modality) for split in ("train", "val")]
+                train, val = (None if part is None else Split(part.features, part.labels) for part in parts)
+                if train is None or val is None:
+                    raise EvaluationError(f"{modality}: the test split has it, the train or the val split has none")
+                try:
+                    if train.y.ndim == 2:
+                        probe = linear_probe(train, val, val, strengths=[1e-2], samples=0)
+                        scores[key] = probe.metrics["map"].value
+                    else:
+                        scores[key] = ridge_probe(train, val).top1
+                except ValueError as error:
+                    raise EvaluationError(f"{modality}, layer {key[0]}, {key[1]}: {error}") from error
             places[modality] = max(keys, key=scores.__getitem__)
     return _at(found, places), places
 

@@ -13,6 +13,7 @@ from data.source import Source
 from eval.features import Features
 from eval.tasks import EvalConfig, EvaluationError
 
+MOST_COLUMNS = 100_000
 FOLDS = 10
 """Of which one serves for validation."""
 
@@ -42,10 +43,12 @@ def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> tuple[
     everything = [label for split in labels.values() for label in split]
     if everything and all(isinstance(label, list) for label in everything):
         flat = {split: [each for label in values for each in label] for split, values in labels.items()}
+        if any(isinstance(each, list) for values in flat.values() for each in values):
+            raise EvaluationError("labels must be numbers, names or lists of them, got lists within lists")
         found, names = label_ids(flat, classes)
         count = len(names) or 1 + max((int(ids.max()) for ids in found.values() if len(ids)), default=0)
-        if any(len(ids) and int(ids.min()) < 0 for ids in found.values()):
-            raise EvaluationError("labels in lists must be names, or numbers of 0 or more")
+        if count > MOST_COLUMNS or any(len(ids) and int(ids.min()) < 0 for ids in found.values()):
+            raise EvaluationError(f"labels in lists must be names, or numbers of 0 or more and below {MOST_COLUMNS}")
         hot = {}
         for split, values in labels.items():
             rows = torch.arange(len(values)).repeat_interleave(torch.tensor([len(label) for label in values]).long())
@@ -56,6 +59,8 @@ def label_ids(labels: Mapping[str, list[Any]], classes: Sequence[str]) -> tuple[
         outside = sorted({label for label in everything if classes and not 0 <= label < len(classes)})
         if outside:
             raise EvaluationError(f"labels {outside[:5]} are outside the {len(classes)} names of eval.classes")
+        if any(not -(2**63) <= label < 2**63 for label in everything):
+            raise EvaluationError("labels must be numbers of 64 bits, or names")
         return {split: torch.tensor(values, dtype=torch.int64) for split, values in labels.items()}, list(classes)
     if not all(isinstance(label, str) for label in everything):
         kinds = sorted({type(label).__name__ for label in everything})
@@ -76,13 +81,14 @@ def hold_out(labels: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
     """(N,) bool, a tenth of the samples for validation, always the same ones.
 
     Args:
-        labels: (N,) int64, of which every class gives its tenth as far as it can, or (N, C) bool.
+        labels: (N,) int64, of which every class gives its tenth as far as it can and keeps a sample, or (N, C) bool.
         groups: of every sample; those of one group stay together. None: each is its own.
 
     Raises:
         EvaluationError: fewer than ten samples or groups.
     """
-    units = len(labels) if groups is None else len(set(groups))
+    names = None if groups is None else [str(group) for group in groups]
+    units = len(labels) if names is None else len(set(names))
     if units < FOLDS:
         what = "samples" if groups is None else "groups"
         raise EvaluationError(f"a validation split is to be cut from {units} {what}: name one with --val")
@@ -91,12 +97,17 @@ def hold_out(labels: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
     if groups is not None:
         folds = GroupKFold if plain else StratifiedGroupKFold
     folds = folds(FOLDS) if folds is GroupKFold else folds(FOLDS, shuffle=True, random_state=0)
-    numbers = None if groups is None else np.unique([str(group) for group in groups], return_inverse=True)[1]
+    numbers = None if names is None else np.unique(names, return_inverse=True)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # some classes have fewer than ten samples
         _, rows = next(folds.split(np.zeros(len(labels)), None if plain else labels.numpy(), numbers))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     chosen[torch.from_numpy(rows)] = True
+    if labels.ndim == 1:  # what is rare stays in train, with the groups that it is in
+        rare = torch.isin(labels, labels[~chosen], invert=True)
+        if numbers is not None:
+            rare = torch.isin(torch.from_numpy(numbers), torch.from_numpy(numbers)[rare])
+        chosen &= ~rare
     return chosen
 
 

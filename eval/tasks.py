@@ -26,7 +26,7 @@ from eval.zeroshot import check_templates, class_embeddings, score_zero_shot
 
 SPLITS = ("train", "val", "test")
 MOST_ROWS = 5000
-"""Of the test split, for measures that compare every two samples, or all dimensions."""
+"""Of the test split, drawn at random, for measures that compare every two samples, or all dimensions."""
 
 
 class EvaluationError(UserError):
@@ -105,11 +105,13 @@ class Outcome(NamedTuple):
         results: task and modality, such as ``linear/image`` -> entry, see ``entry``.
         predictions: ``linear/image.correct`` and so on, (n,), of test samples.
         confusions: as `eval.page.confusion` makes them.
+        left_out: what of it could not be done -> why.
     """
 
     results: dict[str, dict[str, Any]]
     predictions: dict[str, Tensor]
     confusions: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
 
 
 def entry(
@@ -149,7 +151,7 @@ def few(study: Study) -> Outcome:
 
 
 def _probes(study: Study, task: str, probe: Callable[..., ProbeResult], needs_val: bool) -> Outcome:
-    outcome = Outcome({}, {}, {})
+    outcome = Outcome({}, {}, {}, {})
     for modality, test in study.trained["test"].items():
         for split in SPLITS:
             if modality not in study.trained[split]:
@@ -166,8 +168,10 @@ def _probes(study: Study, task: str, probe: Callable[..., ProbeResult], needs_va
             baselines["random_init"] = _values(run(study.untrained, raw=False, samples=0).metrics)
         baselines["raw"] = _values(run(study.trained, raw=True, samples=0).metrics)
         guessed = _guessed(study.trained["train"][modality].labels, test.labels, result.metrics)
-        name = f"{task}/{modality}"
-        outcome.results[name] = entry(result.metrics, baselines | guessed, result.chosen, _counts(test))
+        name, counts = f"{task}/{modality}", _counts(test)
+        if known := int(torch.isin(test.content, study.trained["train"][modality].content).sum()):
+            counts["samples_whose_input_train_has"] = known
+        outcome.results[name] = entry(result.metrics, baselines | guessed, result.chosen, counts)
         _predictions(outcome, name, result.correct, test)
         if not study.several and task == "linear":
             outcome.confusions[name] = confusion(result.predicted, test.labels, study.names)
@@ -176,7 +180,7 @@ def _probes(study: Study, task: str, probe: Callable[..., ProbeResult], needs_va
 
 def attentive(study: Study) -> Outcome:
     """A learned query attends to the tokens of each modality."""
-    outcome = Outcome({}, {}, {})
+    outcome = Outcome({}, {}, {}, {})
     if not study.tokens:
         return outcome
     for modality, (scored, _) in study.tokens[0]["test"].items():
@@ -202,14 +206,14 @@ def _guessed(train: Tensor, test: Tensor, metrics: Mapping[str, Metric]) -> dict
     if test.ndim == 2:  # a random order has the prevalence for its average precision
         seen = test.any(0)
         return {"chance": {"map": test[:, seen].double().mean().item(), "auc": 0.5}}
-    guess, commonest = chance(test), majority(train, test)
+    guess, commonest = chance(train), majority(train, test)
     accuracies = [name for name in metrics if name.startswith("top1")]
     return {"chance": dict.fromkeys(accuracies, guess), "majority": dict.fromkeys(accuracies, commonest)}
 
 
 def zeroshot(study: Study) -> Outcome:
     """The class whose prompts are nearest."""
-    outcome = Outcome({}, {}, {})
+    outcome = Outcome({}, {}, {}, {})
     if not study.config.classes or "text" not in study.scored.modalities:
         return outcome
     targets = class_prompts(study.scored, study.config)
@@ -225,6 +229,7 @@ def zeroshot(study: Study) -> Outcome:
             untrained = score_zero_shot(embeddings, random_targets, test.labels, samples=0)
             baselines["random_init"] = _values(untrained.metrics)
         baselines["chance"] = {"top1": 1 / len(targets)}  # every class competes, also one that test lacks
+        baselines["majority"] = {"top1": majority(study.labels["train"], test.labels)}
         name = f"zeroshot/{modality}"
         outcome.results[name] = entry(result.metrics, baselines, counts=_counts(test))
         _predictions(outcome, name, result.correct, test)
@@ -249,7 +254,7 @@ def class_prompts(scored: Scored, config: EvalConfig) -> Tensor | None:
 
 def retrieval(study: Study) -> Outcome:
     """From every modality to every other: by label where there is one, else by pairs."""
-    outcome = Outcome({}, {}, {})
+    outcome = Outcome({}, {}, {}, {})
     by_label = study.config.label is not None and not study.several
 
     def directions(features: Mapping[str, Features]) -> dict[str, Direction]:
@@ -275,7 +280,7 @@ def retrieval(study: Study) -> Outcome:
 
 def fusion(study: Study) -> Outcome:
     """Do several modalities together say more than the best alone, and with one of them missing?"""
-    outcome = Outcome({}, {}, {})
+    outcome = Outcome({}, {}, {}, {})
     if len(study.trained["test"]) < 2:
         return outcome
 
@@ -291,7 +296,9 @@ def fusion(study: Study) -> Outcome:
 
     found = fuse(*(split(name) for name in SPLITS))
     counts = {"samples": len(found.rows), "left_out": found.left_out["test"]}
-    baselines = {"chance": {"top1": chance(found.labels)}}
+    train = study.labels["train"]
+    baselines = {"chance": {"top1": chance(train)}, "majority": {"top1": majority(train, found.labels)}}
+    outcome.left_out.update({f"fusion/{name}": why for name, why in found.skipped.items()})
     # No modality is told from a fusion by its name: they come as image_alone.
     for at_test, methods in {"": found.methods, **{f"_without_{m}": each for m, each in found.missing.items()}}.items():
         for method, fused in methods.items():
@@ -326,24 +333,26 @@ def _independent(parts: Mapping[str, Features], samples: int) -> Tensor | None:
 
 def labelfree(study: Study) -> Outcome:
     """What features look like, whatever they mean."""
-    outcome = Outcome({}, {}, {})
+    outcome = Outcome({}, {}, {}, {})
 
     def measured(features: Mapping[str, Features]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         for name, part in features.items():
-            x = part.features[:MOST_ROWS]
+            drawn = _drawn(len(part.rows))
+            x = part.features[drawn]
             if len(x) < 2:
                 continue
             found[name] = {
                 "rankme": rankme(x),
                 "rankme_uncentred": rankme(x, centred=False),
                 "dimension_spread": dimension_spread(x),
-                "uniformity": uniformity(x if part.embeddings is None else part.embeddings[:MOST_ROWS]),
+                "uniformity": uniformity(x if part.embeddings is None else part.embeddings[drawn]),
             }
         for (a, first), (b, second) in combinations(features.items(), 2):
             in_a, in_b = torch.isin(first.rows, second.rows), torch.isin(second.rows, first.rows)
             if first.embeddings is not None and second.embeddings is not None and int(in_a.sum()) > 1:
-                x, y = first.embeddings[in_a][:MOST_ROWS], second.embeddings[in_b][:MOST_ROWS]
+                drawn = _drawn(int(in_a.sum()))
+                x, y = first.embeddings[in_a][drawn], second.embeddings[in_b][drawn]
                 found[f"{a}_{b}"] = {"alignment": alignment(x, y), "modality_gap": modality_gap(x, y)}
         return found
 
@@ -352,6 +361,11 @@ def labelfree(study: Study) -> Outcome:
         metrics = {metric: Metric(value) for metric, value in values.items()}
         outcome.results[f"labelfree/{name}"] = entry(metrics, {"random_init": untrained.get(name, {})})
     return outcome
+
+
+def _drawn(rows: int) -> Tensor:
+    """At most ``MOST_ROWS`` of so many, always the same ones, ascending: shards may be in the order of classes."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:MOST_ROWS].sort().values
 
 
 def _values(metrics: Mapping[str, Metric]) -> dict[str, float]:

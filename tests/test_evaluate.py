@@ -21,12 +21,12 @@ from eval.encoders import Pretrained
 from eval.features import Features, content_ids, extract, sweep
 from eval.joint import joint_features
 from eval.linear import Split
-from eval.report import HEADLINES, Results, table, write_results
+from eval.report import HEADLINES, Results, read_results, table, write_results
 from eval.ridge import ridge_probe
 from eval.run import Evaluation
 from eval.run import evaluate as evaluate_scored
 from eval.splits import hold_out, label_ids, part
-from eval.tasks import EvalConfig, EvaluationError
+from eval.tasks import EvalConfig, EvaluationError, _drawn
 from eval.tokens import cut, token_splits
 from pretrain.model.encoder import Encoder
 from tests.tiny import (
@@ -552,3 +552,62 @@ def test_the_command_line_names_what_it_cannot_score(tiny: Tiny, capsys: pytest.
     assert "--tasks linear needs --label" in capsys.readouterr().err
     assert main(["report", str(tiny.folder)]) == 2
     assert "no results.json" in capsys.readouterr().err
+
+
+def test_rare_classes_stay_in_train() -> None:
+    labels = torch.cat([torch.arange(200) % 4, torch.arange(100, 120)])
+    assert not hold_out(labels)[200:].any()
+    groups = [number // 5 for number in range(220)]
+    held = hold_out(labels, groups)
+    assert held.any()
+    assert set(labels.tolist()) == set(labels[~held].tolist())
+    assert not {groups[row] for row in held.nonzero()[:, 0].tolist()} & {
+        groups[row] for row in (~held).nonzero()[:, 0].tolist()
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([[[1]], [[2]]], "lists within lists"), ([[10**9], [3]], "below 100000"), ([2**70, 1], "64 bits")],
+)
+def test_labels_that_no_tensor_holds_are_refused(labels: list[Any], words: str) -> None:
+    with pytest.raises(EvaluationError, match=words):
+        label_ids({"train": labels, "test": labels}, [])
+
+
+def test_a_test_split_that_was_trained_on_is_refused_or_counted(tiny: Tiny) -> None:
+    config = EvalConfig("label", ["linear"])
+    with pytest.raises(EvaluationError, match="train split holds the same shards as the test split"):
+        evaluate(tiny.encoder, tiny.tokenizer, {**tiny.splits, "train": tiny.splits["test"]}, config)
+    some = Source(tiny.splits["test"].shards[:1] + tiny.splits["train"].shards, "train")
+    results = evaluate(tiny.encoder, tiny.tokenizer, {**tiny.splits, "train": some}, config).results
+    known = tiny.splits["test"].shards[0].samples
+    assert results["linear/image"]["counts"]["samples_whose_input_train_has"] == known
+    assert "samples_whose_input_train_has" not in tiny.results["linear/image"]["counts"]
+
+
+def test_several_layers_need_something_to_choose_by(tiny: Tiny) -> None:
+    scored = Pretrained("tiny", tiny.encoder, tiny.tokenizer)
+    with pytest.raises(EvaluationError, match="need labels to choose by"):
+        evaluate_scored(scored, tiny.splits, EvalConfig(), CPU, 0, layers=(0, -1), poolings=("mean",))
+
+
+def test_label_free_measures_draw_their_rows() -> None:
+    drawn = _drawn(20_000)
+    assert len(drawn) == 5000
+    assert torch.equal(drawn, _drawn(20_000))
+    assert 9_000 < drawn.float().mean() < 11_000
+    assert torch.equal(_drawn(7), torch.arange(7))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("[1]", "no JSON object"), ('{"schema": 2}', "no about"), ("{", "damaged")]
+)
+def test_a_damaged_folder_of_results_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    (tmp_path / "page.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+    assert read_results(tmp_path / "results.json", {}) is None
