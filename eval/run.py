@@ -23,6 +23,8 @@ from eval.splits import hold_out, label_ids, part
 from eval.tasks import SPLITS, TASKS, EvalConfig, EvaluationError, Outcome, Study
 from eval.tokens import cut, token_splits
 
+MANY = 20_000
+"""Training samples from which on a task takes so long that it should be known which one it is."""
 PROBES = ("linear", "knn", "fewshot")
 
 
@@ -145,6 +147,8 @@ def run_tasks(study: Study) -> tuple[Outcome, dict[str, str]]:
         elif study.several and not task.several:
             skipped[name] = "samples have several labels"
         else:
+            if len(study.labels["train"]) > MANY:
+                print(f"evaluating: {name}", flush=True)
             try:
                 done = task.run(study)
             except EvaluationError:
