@@ -14,7 +14,7 @@ RESULTS: Results = {
         "baselines": {"chance": {"top1": 0.1}},
     },
     "retrieval/image_to_text": {
-        "metrics": {"r1": {"value": 0.5, "interval": None}, "r5": {"value": 0.8, "interval": None}},
+        "metrics": {"r1": {"value": 0.5, "interval": None}, "r10": {"value": 0.8, "interval": None}},
         "baselines": {},
     },
 }
@@ -107,7 +107,7 @@ def test_the_table_has_the_change_beside_each_score() -> None:
     }
     header, rule, *rows = results_table(RESULTS, before).splitlines()
     assert header.split()[-1] == "change"
-    assert [row.split()[-1] for row in rows] == ["+25.0", "-1.2", "80.0"]  # nothing was known of r5
+    assert [row.split()[-1] for row in rows] == ["+25.0", "-1.2", "80.0"]  # nothing was known of r10
     assert {len(line) for line in (header, rule, *rows)} == {len(header)}
     assert header.startswith(table(RESULTS).splitlines()[0])
 
