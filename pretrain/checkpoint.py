@@ -13,8 +13,6 @@ checkpoints/last      link to the newest
 import json
 import os
 import shutil
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +39,6 @@ SCHEMA = 4  # since contrastive scales and biases have one element, not none
 LAST = "last"
 # So many checkpoints in a row that can't be written end the run.
 RETRIES = 3
-NICE = 10  # of the thread that writes
 _PARTIAL = ".partial"
 
 
@@ -95,7 +92,7 @@ class Checkpoints:
             main: whether this rank writes; the others only give it their part of what ranks share.
         """
         self.folder, self.keep, self.keep_every, self.main = folder, keep, keep_every, main
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _give_way)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         self._failures = 0  # in a row
         self._newest = find_last(folder)
@@ -305,13 +302,6 @@ class Checkpoints:
         if path not in self._warned_of:
             self._warned_of.add(path)
             self._warnings.append(message)
-
-
-def _give_way() -> None:
-    """Of the calling thread: where steps need every core, they go first. Linux alone knows threads apart."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def point_last(checkpoint: Path) -> str | None:

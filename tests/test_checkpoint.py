@@ -2,8 +2,6 @@ import errno
 import json
 import os
 import shutil
-import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +17,7 @@ from data.source import Source
 from data.stream import DataConfig, Stream
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import ObjectivesConfig, Pretraining
-from pretrain.checkpoint import (
-    NICE,
-    CheckpointError,
-    Checkpoints,
-    find_last,
-    load_checkpoint,
-    load_encoder,
-    point_last,
-)
+from pretrain.checkpoint import CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder, point_last
 from pretrain.config import TrainConfig
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import make_optimizer
@@ -425,14 +415,3 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert find_last(tmp_path / "none") is None
     with pytest.raises(FileNotFoundError):
         load_encoder(tmp_path / "last")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has one priority")
-def test_the_thread_that_writes_lets_others_go_first(tmp_path: Path) -> None:
-    def priority() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    own = priority()
-    with Checkpoints(tmp_path, 1) as checkpoints:
-        assert checkpoints._thread.submit(priority).result() == max(NICE, own)
-    assert priority() == own
