@@ -5,7 +5,7 @@
 
 Both are fitted on train and scored on test, for every checkpoint and modality; the linear probe's penalty is chosen on
 val, the ridge probe's by leaving out rows of train. The last line is
-one JSON object: modality -> Spearman's rank correlation over the checkpoints (Spearman 1904).
+one JSON object: modality -> Spearman's rank correlation over the checkpoints (Spearman 1904), or null.
 """
 
 import argparse
@@ -50,7 +50,15 @@ def main() -> None:
             scores = ridge_probe(train, test).top1, linear_probe(train, val, test, samples=0).top1
             found.setdefault(modality, []).append(scores)
             print(f"{checkpoint.name}  {modality:6} ridge {scores[0]:.4f}  linear {scores[1]:.4f}", flush=True)
-    print(json.dumps({name: round(float(spearmanr(*zip(*s, strict=True)).statistic), 3) for name, s in found.items()}))
+    print(json.dumps({name: agreement(scores) for name, scores in found.items()}))
+
+
+def agreement(scores: list[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation of the two; None where one of them is the same everywhere."""
+    ours, theirs = zip(*scores, strict=True)
+    if len(set(ours)) == 1 or len(set(theirs)) == 1:
+        return None
+    return round(float(spearmanr(ours, theirs).statistic), 3)
 
 
 if __name__ == "__main__":
