@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -253,3 +253,32 @@ class Source:
     def __getstate__(self) -> dict[str, Any]:
         # A worker reads its own indexes: those that it needs.
         return {**self.__dict__, "_lines": OrderedDict()}
+
+
+class Chosen(Source):
+    """Some samples of a source, in an order of their own."""
+
+    def __init__(self, source: Source, places: Iterable[tuple[int, int]], *, few: bool = False) -> None:
+        """Evaluation's view of them: nothing is required of a sample.
+
+        Args:
+            source: where they are.
+            places: (shard, sample) of each.
+            few: read remote ones in ranges, though there is a cache: a few of each shard are no reason to fetch it.
+        """
+        super().__init__(source.shards, source.name, cache=source.cache)
+        self._places = list(places)
+        if few:
+            self._reader = Reader(None)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the shards, and with the choice."""
+        return hashlib.sha256(f"{super().fingerprint} {self._places}".encode()).hexdigest()
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(shard, sample) of those chosen, in their order."""
+        yield from self._places

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.index import write_whole
-from eval.metrics import _percentiles, _resamples
+from eval.metrics import percentiles, resamples
 from eval.panel import instances
 
 SCHEMA = 2
@@ -125,9 +125,9 @@ def paired_bootstrap(
     value = difference.mean().item()
     if len(a if groups is None else torch.unique(groups)) < 2:
         return Difference(value, None, None)
-    resamples = _resamples(len(a), groups, samples, seed)
-    means = torch.cat([weights @ difference / weights.sum(1) for weights in resamples])
-    return Difference(value, _percentiles(means), (means > 0).double().mean().item())
+    drawn = resamples(len(a), groups, samples, seed)
+    means = torch.cat([weights @ difference / weights.sum(1) for weights in drawn])
+    return Difference(value, percentiles(means), (means > 0).double().mean().item())
 
 
 def compare(folders: Sequence[Path], samples: int = 1000) -> Comparison:

@@ -4,28 +4,25 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch, Field
 from data.batches import Pass
 from data.errors import UserError
 from data.skips import Skipped, Skips
-from data.source import Source
+from data.source import Chosen, Source
 from data.transforms import OnDevice
 from eval.cache import Cache, Entry, RowWriter, interleave
-from eval.encoders import Pretrained, Raw
+from eval.encoders import Raw
 from eval.scored import LAST, Encoded, Scored, digest
-from pretrain.model.encoder import Encoder
 
 PATIENCE = timedelta(days=7)  # ranks wait for the slowest, and for the first one to bring all together
 _PART = "part.json"
@@ -183,8 +180,7 @@ def sweep(
     ranks = world or World.of_torch()
     wanted = [_Job(each, tuple(sorted(set(layers))), tuple(sorted(set(poolings))), dtype) for each in several]
     wanted.append(_Job(Raw.of(several[0]), (LAST,), ("default",), torch.float32))
-    split = [source.fingerprint, hashlib.sha256(np.array(places).tobytes()).hexdigest()]
-    keys = [_key(job, split) for job in wanted]
+    keys = [_key(job, source.fingerprint) for job in wanted]
     jobs = dict(zip(keys, wanted, strict=True))  # the same one twice is one
     try:
         entries = _entries(Cache(cache), jobs, source, places, device, batch_size, workers, ranks)
@@ -211,21 +207,6 @@ def sweep(
     ]
 
 
-def extract(
-    encoders: Sequence[Encoder],
-    tokenizer: PreTrainedTokenizerBase,
-    source: Source,
-    labels: Sequence[int] | Tensor,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-) -> list[dict[str, Features]]:
-    """`sweep` of our own encoders, of one architecture, by this process alone and in memory: features by modality."""
-    several = [Pretrained("encoder", encoder, tokenizer) for encoder in encoders]
-    found = sweep(several, source, labels, None, device, batch_size, workers, world=World())
-    return [each[LAST, "default"] for each in found]
-
-
 def content_ids(field: Field) -> Tensor:
     """(n,) int64, equal for rows whose input is equal, whatever the length that their batches were padded to."""
     rows = list(field.x.cpu())
@@ -235,7 +216,7 @@ def content_ids(field: Field) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests])  # 63 bits fit an int64
 
 
-def _key(job: _Job, split: list[str]) -> str:
+def _key(job: _Job, split: str) -> str:
     """Of all that features depend on; labels are not among it."""
     settings = [job.layers, job.poolings, str(job.dtype)]
     return digest({"encoder": job.scored.fingerprint, "split": split, "settings": settings})
@@ -313,7 +294,7 @@ def _compute(
     """This rank's batches of all jobs, written to a part of each entry."""
     views, tokenizer = next((job.scored.views, job.scored.tokenizer) for job in jobs.values())
     numbers = range(-(-len(places) // batch_size))[world.rank :: world.size]
-    share = _Share(source, [place for i in numbers for place in places[i * batch_size : (i + 1) * batch_size]])
+    share = Chosen(source, [place for i in numbers for place in places[i * batch_size : (i + 1) * batch_size]])
     reading: Any = tokenizer  # None only where no view is of text
     batches = Pass(share, views, reading, batch_size).batches(workers)
     on_device = OnDevice(views).to(device)
@@ -372,14 +353,3 @@ def _bring_together(cache: Cache, key: str, ranks: int) -> None:
     else:
         (made / _PART).unlink()
     cache.seal(key, made, {"skips": skips.state()})
-
-
-class _Share(Source):
-    """Some samples of a source."""
-
-    def __init__(self, source: Source, places: Sequence[tuple[int, int]]) -> None:
-        super().__init__(source.shards, source.name, cache=source.cache)
-        self._places = places
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        yield from self._places

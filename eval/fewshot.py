@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.linear import Classifier, Split, _check_compatible, _checked, standardise
+from eval.linear import Classifier, Split, check_compatible, checked, standardise
 from eval.metrics import Metric, ProbeResult, bootstrap_interval
 
 SHOTS = (1, 5, 10, 25)
@@ -45,8 +45,8 @@ def fewshot_probe(
         raise ValueError(f"shots must be one or more, and they and seeds at least 1, got {list(shots)} and {seeds}")
     if not 0 < strength < math.inf:
         raise ValueError(f"strength must be positive and finite, got {strength}")
-    train, test = _checked("train", train), _checked("test", test)
-    _check_compatible(train, test=test)
+    train, test = checked("train", train), checked("test", test)
+    check_compatible(train, test=test)
     mean, std = standardise(train.x)
     metrics, predicted = {}, test.y
     correct = torch.zeros(0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.linear import Split, _checked
+from eval.linear import Split, checked
 from eval.metrics import ProbeResult, accuracy, classification
 from eval.zeroshot import unit_rows
 
@@ -45,7 +45,7 @@ def knn(train: Split, test: Split, k: int = 20, temperature: float = 0.07, chunk
     """
     if k < 1 or chunk < 1:
         raise ValueError(f"k and chunk must be at least 1, got k={k} and chunk={chunk}")
-    train, test = _checked("train", train), _checked("test", test)
+    train, test = checked("train", train), checked("test", test)
     k = min(k, len(train.y))
     predicted = _predicted(_votes(train, test, "test", [k], temperature, chunk)[k], train)
     return KnnResult(accuracy(predicted, test.y), k, predicted)
@@ -80,7 +80,7 @@ def knn_probe(
     """
     if not ks or min(ks) < 1 or chunk < 1:
         raise ValueError(f"ks must be one or more, and they and chunk at least 1, got ks={list(ks)} and chunk={chunk}")
-    train, val, test = _checked("train", train), _checked("val", val), _checked("test", test)
+    train, val, test = checked("train", train), checked("val", val), checked("test", test)
     fitting = sorted({k for k in ks if k <= len(train.y)}) or [len(train.y)]
     on_val = {
         k: accuracy(_predicted(votes, train), val.y)

@@ -128,9 +128,9 @@ def linear_probe(
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     several = train.y.ndim == 2
     train, val, test = (
-        _checked(name, split, several) for name, split in (("train", train), ("val", val), ("test", test))
+        checked(name, split, several) for name, split in (("train", train), ("val", val), ("test", test))
     )
-    _check_compatible(train, val=val, test=test)
+    check_compatible(train, val=val, test=test)
     by = "map" if several else "top1"
 
     chosen, chosen_strength, best = None, math.nan, -math.inf
@@ -309,7 +309,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return (a * b).sum(dtype=torch.float64).item()
 
 
-def _checked(name: str, split: Split, several: bool = False) -> Split:
+def checked(name: str, split: Split, several: bool = False) -> Split:
     """``split`` as float64 features and int64 or bool labels, or a ValueError that calls it ``name``."""
     x, y = split
     shape = "(N, C) bool" if several else "(N,)"
@@ -327,7 +327,7 @@ def _checked(name: str, split: Split, several: bool = False) -> Split:
     return Split(x.detach().double(), y if several else y.long())
 
 
-def _check_compatible(train: Split, **others: Split) -> None:
+def check_compatible(train: Split, **others: Split) -> None:
     """Raise a ValueError unless the others can be predicted by a classifier fitted on ``train``."""
     for name, split in others.items():
         if split.x.shape[1] != train.x.shape[1]:

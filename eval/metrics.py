@@ -206,8 +206,8 @@ def bootstrap_interval(
             raise ValueError(f"groups must be {tuple(correct.shape)} like correct, got {tuple(groups.shape)}")
         if len(torch.unique(groups)) < 2:
             raise ValueError(f"groups must hold at least 2 groups, got only group {groups[0].item()}")
-    means = [weights @ values / weights.sum(1) for weights in _resamples(len(values), groups, samples, seed)]
-    return _percentiles(torch.cat(means))
+    means = [weights @ values / weights.sum(1) for weights in resamples(len(values), groups, samples, seed)]
+    return percentiles(torch.cat(means))
 
 
 def _measured(
@@ -221,13 +221,13 @@ def _measured(
     values = {name: value.item() for name, value in score(torch.ones(1, rows, dtype=torch.float64)).items()}
     if not samples or (groups is not None and len(torch.unique(groups)) < 2):
         return {name: Metric(value) for name, value in values.items()}
-    drawn = [score(weights) for weights in _resamples(rows, groups, samples, seed=0)]
+    drawn = [score(weights) for weights in resamples(rows, groups, samples, seed=0)]
     return {
-        name: Metric(value, _percentiles(torch.cat([part[name] for part in drawn]))) for name, value in values.items()
+        name: Metric(value, percentiles(torch.cat([part[name] for part in drawn]))) for name, value in values.items()
     }
 
 
-def _resamples(rows: int, groups: Tensor | None, samples: int, seed: int) -> Iterator[Tensor]:
+def resamples(rows: int, groups: Tensor | None, samples: int, seed: int) -> Iterator[Tensor]:
     """How often each row occurs in each resample of rows or of whole groups: (b, N) float64, b rows at a time."""
     units, member_of = rows, None
     if groups is not None:
@@ -242,7 +242,7 @@ def _resamples(rows: int, groups: Tensor | None, samples: int, seed: int) -> Ite
         yield counts if member_of is None else counts[:, member_of]
 
 
-def _percentiles(values: Tensor) -> tuple[float, float]:
+def percentiles(values: Tensor) -> tuple[float, float]:
     """2.5 % and 97.5 % quantiles of (B,) values, NaN left out."""
     low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

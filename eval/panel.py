@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data.batch import Batch, Field
 from data.batches import Pass
-from data.cache import Reader
 from data.errors import UserError
-from data.source import Source
+from data.source import Chosen, Source
 from data.transforms import OnDevice, Views
 from eval.features import content_ids
 from pretrain.model.encoder import Encoder
@@ -75,7 +73,7 @@ class Panel:
         places = choose(source, samples)
         mine = torch.split(torch.arange(len(places)), batch_size)[rank::world]
         own = [int(row) for rows in mine for row in rows]
-        chosen = _Chosen(source, [places[row] for row in own])
+        chosen = Chosen(source, [places[row] for row in own], few=True)
         self.batches: list[tuple[Tensor, Batch]] = []  # with the rows of each
         labels = torch.zeros(len(places), dtype=torch.int64)
         failure = None
@@ -155,18 +153,6 @@ def instances(a: Tensor, b: Tensor) -> Tensor:
             lowest = torch.full_like(lowest, len(a)).scatter_reduce(0, side, lowest, "amin")[side]
         if torch.equal(lowest, before):
             return lowest
-
-
-class _Chosen(Source):
-    """Some samples of a source."""
-
-    def __init__(self, source: Source, places: Sequence[tuple[int, int]]) -> None:
-        super().__init__(source.shards, source.name, cache=source.cache)
-        self._places = places
-        self._reader = Reader(None)  # remote ones in ranges: a few samples of each shard are no reason to fetch it
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        yield from self._places
 
 
 def label_number(label: object) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.linear import Classifier, Split, _checked, standardise
+from eval.linear import Classifier, Split, checked, standardise
 from eval.metrics import ProbeResult, classification
 
 DEFAULT_STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 3))
@@ -44,7 +44,7 @@ def ridge_probe(
     """
     if not strengths or not all(0 < strength < math.inf for strength in strengths):
         raise ValueError(f"strengths must be one or more positive finite numbers, got {list(strengths)}")
-    train, val = _checked("train", train), _checked("val", val)
+    train, val = checked("train", train), checked("val", val)
     if val.x.shape[1] != train.x.shape[1]:
         raise ValueError(f"val must have the {train.x.shape[1]} features of train, got {val.x.shape[1]}")
     classes, y = torch.unique(train.y, return_inverse=True)

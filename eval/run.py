@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.source import Source
-from eval.attentive import TokenSplit
+from data.source import Chosen, Source
 from eval.encoders import Pretrained, Raw
 from eval.features import Features, World, sweep
 from eval.fusion import Part
@@ -19,9 +18,9 @@ from eval.page import Joint, class_names, make
 from eval.report import Results
 from eval.ridge import ridge_probe
 from eval.scored import LAST, Scored
-from eval.splits import hold_out, label_ids, part
+from eval.splits import hold_out, label_ids
 from eval.tasks import SPLITS, TASKS, EvalConfig, EvaluationError, Outcome, Study
-from eval.tokens import cut, token_splits
+from eval.tokens import token_splits
 
 MANY = 20_000
 """Training samples from which on a task takes so long that it should be known which one it is."""
@@ -81,8 +80,18 @@ def evaluate(
     for name in ("train", "val"):
         if name in splits and splits[name].fingerprint == splits["test"].fingerprint:
             raise EvaluationError(f"the {name} split holds the same shards as the test split: nothing would be tested")
-    whole_labels, names = _labels(splits, config)
-    labels = whole_labels
+    labels, names = _labels(splits, config)
+    if "val" not in splits:
+        held = hold_out(labels["train"], None if group is None else splits["train"].labels(group))
+        parts = {"train": ~held, "val": held}
+        places_of_train = list(splits["train"].places())
+        cut = {
+            name: Chosen(splits["train"], [place for place, mine in zip(places_of_train, chosen, strict=True) if mine])
+            for name, chosen in parts.items()
+        }
+        splits = {**cut, "test": splits["test"]}
+        labels = {name: labels["train"][chosen] for name, chosen in parts.items()} | {"test": labels["test"]}
+
     random = None if isinstance(scored, Raw) else scored.random()
     several = [scored] if random is None else [scored, random]
     found: list[dict[tuple[int, str], dict[str, dict[str, Features]]]] = [{} for _ in several]
@@ -93,34 +102,25 @@ def evaluate(
         for features, by_key in zip(found, swept, strict=True):
             for key, of_split in by_key.items():
                 features.setdefault(key, {})[split] = of_split
-    held = None
-    if "val" not in splits:
-        groups = None if group is None else splits["train"].labels(group)
-        held = hold_out(labels["train"], groups)
-        labels = {"train": labels["train"][~held], "val": labels["train"][held], "test": labels["test"]}
-        for features in found:
-            for by_split in features.values():
-                whole = by_split["train"]
-                by_split |= {"train": part(whole, ~held), "val": part(whole, held)}
     trained, places = chosen_places(found[0], config)
     untrained = {} if random is None else _at(found[1], places)
 
     joint: dict[str, Part] = {}
     without: dict[str, Part] = {}
-    if (
-        "fusion" in config.tasks
-        and config.label is not None
-        and isinstance(scored, Pretrained)
-        and len(trained["test"]) == len(scored.modalities) > 1
-    ):
+    all_there = len(trained["test"]) == len(scored.modalities) > 1
+    single = config.label is not None and labels["test"].ndim == 1
+    if "fusion" in config.tasks and single and all_there and isinstance(scored, Pretrained):
         joint, without = _joint(scored, splits, config, device, workers)
-        if held is not None:
-            joint |= _cut(joint["train"], held)
-
     tokens = []
-    if "attentive" in config.tasks and config.label is not None and whole_labels["test"].ndim == 1:
-        ours = [each for each in several if isinstance(each, Pretrained)]
-        tokens = [_tokens(each, splits, whole_labels, held, config, device, workers) for each in ours]
+    if "attentive" in config.tasks and single:
+        tokens = [
+            {
+                split: token_splits(each, source, labels[split], device, config.batch_size, workers)
+                for split, source in splits.items()
+            }
+            for each in several
+            if isinstance(each, Pretrained)
+        ]
     study = Study(config, scored, random, trained, untrained, labels, names, joint, without, tokens)
     outcome, skipped = run_tasks(study)
     if len(found[0]) > 1:
@@ -235,33 +235,6 @@ def _joint(
         own = slice(place * width, (place + 1) * width)
         features[:, own] = joint["train"].features[:, own].mean(0)
     return joint, without
-
-
-def _tokens(
-    scored: Pretrained,
-    splits: Mapping[str, Source],
-    labels: Mapping[str, Tensor],
-    held: Tensor | None,
-    config: EvalConfig,
-    device: torch.device,
-    workers: int,
-) -> dict[str, dict[str, tuple[TokenSplit, Tensor]]]:
-    """Token states of every split; ``held`` are the samples of train that serve for validation."""
-    found = {
-        split: token_splits(scored, source, labels[split], device, config.batch_size, workers)
-        for split, source in splits.items()
-    }
-    if held is not None:
-        found |= {"val": cut(found["train"], held), "train": cut(found["train"], ~held)}
-    return found
-
-
-def _cut(whole: Part, held: Tensor) -> dict[str, Part]:
-    cut = {}
-    for split, chosen in (("train", ~held), ("val", held)):
-        mine = chosen[whole.rows]
-        cut[split] = Part(whole.features[mine], (chosen.cumsum(0) - 1)[whole.rows[mine]])
-    return cut
 
 
 def _page(study: Study, test: Source, outcome: Outcome, run: Path | None) -> dict[str, Any]:

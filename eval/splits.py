@@ -10,7 +10,6 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 from torch import Tensor
 
 from data.source import Source
-from eval.features import Features
 from eval.tasks import EvalConfig, EvaluationError
 
 MOST_COLUMNS = 100_000
@@ -109,14 +108,3 @@ def hold_out(labels: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
             rare = torch.isin(torch.from_numpy(numbers), torch.from_numpy(numbers)[rare])
         chosen &= ~rare
     return chosen
-
-
-def part(features: Mapping[str, Features], chosen: Tensor) -> dict[str, Features]:
-    """Those of the ``chosen`` (N,) bool samples of a split; ``rows`` are their places among these."""
-    places = chosen.cumsum(0) - 1
-    found = {}
-    for name, whole in features.items():
-        mine = chosen[whole.rows]
-        taken = Features(*(None if values is None else values[mine] for values in whole))  # type: ignore[arg-type]
-        found[name] = taken._replace(rows=places[taken.rows])
-    return {name: each for name, each in found.items() if len(each.rows)}

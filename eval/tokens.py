@@ -68,13 +68,3 @@ def token_splits(
         valid = None if name != "text" else torch.cat([part[2] for part in several if part[2] is not None])
         found[name] = TokenSplit(states, labels[rows], valid), rows
     return found
-
-
-def cut(tokens: dict[str, tuple[TokenSplit, Tensor]], chosen: Tensor) -> dict[str, tuple[TokenSplit, Tensor]]:
-    """Those of the ``chosen`` (N,) bool samples of a split."""
-    found = {}
-    for name, (split, rows) in tokens.items():
-        mine = chosen[rows]
-        valid = None if split.valid is None else split.valid[mine]
-        found[name] = TokenSplit(split.x[mine], split.y[mine], valid), rows[mine]
-    return found

@@ -26,8 +26,7 @@ from pretrain.model.tokenizers import PatchTokenizer, Tokens
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
 # class says which modalities it `learns_from`, else it is not built, and which passes it `reads`, "embeddings", "pairs"
 # (embeddings of samples that have several modalities) or "joint"; passes that nobody reads are not made. It may have
-# ``after_step(encoder, progress)``, see
-# ``Pretraining.after_step``.
+# ``after_step(encoder, progress)``, see ``Pretraining.after_step``.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
     "masked_language": MaskedLanguage,

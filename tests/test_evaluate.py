@@ -18,16 +18,16 @@ from data.source import SampleError, Source
 from data.transforms import make_field
 from eval.__main__ import main
 from eval.encoders import Pretrained
-from eval.features import Features, content_ids, extract, sweep
+from eval.features import Features, content_ids, sweep
 from eval.joint import joint_features
 from eval.linear import Split
 from eval.report import HEADLINES, Results, read_results, table, write_results
 from eval.ridge import ridge_probe
 from eval.run import Evaluation
 from eval.run import evaluate as evaluate_scored
-from eval.splits import hold_out, label_ids, part
+from eval.splits import hold_out, label_ids
 from eval.tasks import EvalConfig, EvaluationError, _drawn
-from eval.tokens import cut, token_splits
+from eval.tokens import token_splits
 from pretrain.model.encoder import Encoder
 from tests.tiny import (
     CAPTIONS,
@@ -36,6 +36,7 @@ from tests.tiny import (
     RATE,
     VIEWS,
     embeddings_of,
+    extract,
     open_shards,
     picture,
     tiny_encoder,
@@ -251,21 +252,6 @@ def test_a_tenth_of_every_class_is_held_out_and_groups_stay_together() -> None:
         hold_out(labels, ["a", "b", "c", "d"] * 100)
 
 
-def test_a_part_of_a_split_keeps_its_samples_together() -> None:
-    x = torch.arange(5.0)[:, None]
-    rows = torch.tensor([0, 2, 3, 5, 6])
-    whole = Features(x, None, x + 10, rows * 7, rows + 100, rows)
-    chosen = torch.tensor([True, False, False, True, True, True, False])
-    cut = part({"image": whole}, chosen)["image"]
-    assert cut.features[:, 0].tolist() == [0, 2, 3]
-    assert cut.raw[:, 0].tolist() == [10, 12, 13]
-    assert cut.labels.tolist() == [0, 21, 35]
-    assert cut.content.tolist() == [100, 103, 105]
-    assert cut.rows.tolist() == [0, 1, 3]  # of the four that were chosen
-    assert cut.embeddings is None
-    assert part({"image": whole}, torch.zeros(7, dtype=torch.bool)) == {}
-
-
 def test_without_a_validation_split_test_decides_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {name: tiny.splits[name] for name in ("train", "test")}
     found = evaluate(tiny.encoder, tiny.tokenizer, splits, CONFIG).results
@@ -426,9 +412,6 @@ def test_an_attentive_probe_reads_the_tokens_of_the_encoder(tiny: Tiny, tmp_path
                 states = tiny.encoder.encode(name, field)[0, {"image": 1, "text": 0, "audio": 2}[name] :]
             own = split.x[number] if split.valid is None else split.x[number][split.valid[number]]
             assert (own.float() - states).abs().max() < 1e-2
-    halves = cut(found, torch.tensor([True, True, False, False, False]))
-    assert halves["text"][0].y.tolist() == [0, 10]
-    assert halves["image"][1].tolist() == [0]
 
     splits = {name: tiny.splits[name] for name in ("train", "test")}
     results = evaluate(tiny.encoder, tiny.tokenizer, splits, EvalConfig("label", ["attentive"])).results

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from data.errors import UserError
-from data.source import Source
+from data.source import Chosen, Source
 from data.transforms import AudioView, Views
 from eval.encoders import Pretrained, Raw, load_scored
-from eval.features import FeatureError, Features, extract, extract_features, sweep
+from eval.features import FeatureError, Features, extract_features, sweep
 from eval.scored import EncoderError, Scored
 from pretrain.model.encoder import Encoder
 from tests.samples import MODEL, VIEWS, VOCABULARY, free_port, members, tokenizer, write_source
@@ -161,12 +161,8 @@ def load_tokenizer_with_another_word() -> Any:
 
 
 def test_a_source_of_other_places_in_the_same_shards_is_another_split(source: Source, tmp_path: Path) -> None:
-    class Half(Source):
-        def places(self) -> Any:
-            yield from list(super().places())[::2]
-
     features_of(scored_of(), source, tmp_path)
-    half = Half(source.shards)
+    half = Chosen(source, list(source.places())[::2])
     found = features_of(scored_of(), half, tmp_path, torch.arange(6))
     assert found["text"].rows.tolist() == [i // 2 for i in usable("t") if i % 2 == 0]
 
@@ -276,11 +272,11 @@ def test_encoders_that_read_differently_are_refused(source: Source, tmp_path: Pa
         sweep([scored_of(), other], source, list(range(11)), tmp_path, CPU, 3, 0)
 
 
-def test_the_old_call_gives_the_same_in_memory(source: Source, tmp_path: Path) -> None:
+def test_without_a_cache_it_is_the_same_in_memory(source: Source, tmp_path: Path) -> None:
     scored, labels = scored_of(), list(range(len(MEMBERS)))
-    both = extract([scored.encoder, scored_of(1).encoder], tokenizer(), source, labels, CPU, 3, 0)
-    assert same(both[0], features_of(scored, source, tmp_path))
-    assert same(both[1], features_of(scored_of(1), source, tmp_path))
+    both = sweep([scored, scored_of(1)], source, labels, None, CPU, 3, 0)
+    assert same(both[0][-1, "default"], features_of(scored, source, tmp_path))
+    assert same(both[1][-1, "default"], features_of(scored_of(1), source, tmp_path))
 
 
 def test_bfloat16_is_another_computation(source: Source, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from data.errors import UserError
 from data.index import Shard, load_shards
 from data.shards import write_shards
 from data.source import Source
-from eval.features import Features, extract
+from eval.features import Features
 from eval.knn import knn
 from eval.labelfree import alignment, modality_gap, rankme, uniformity
 from eval.linear import Split
@@ -32,7 +32,7 @@ from eval.panel import Panel, Seen, choose, instances
 from eval.ridge import ridge_probe
 from pretrain.model.encoder import Encoder
 from tests.server import Server, run_server
-from tests.tiny import COUNTS, embeddings_of, open_shards, samples, tiny_encoder, tiny_tokenizer, write_split
+from tests.tiny import COUNTS, embeddings_of, extract, open_shards, samples, tiny_encoder, tiny_tokenizer, write_split
 
 CPU = torch.device("cpu")
 CONFIG = MonitorConfig(every=5)

@@ -9,7 +9,7 @@ import pytest
 
 from data.decode import MODALITIES
 from data.errors import UserError
-from data.source import SampleError, Source
+from data.source import Chosen, SampleError, Source
 from data.transforms import ImageView, TextView, Views
 from tests.samples import CAPTIONS, members, write_source
 
@@ -32,6 +32,17 @@ def test_a_sample_is_found_by_shard_and_number(source: Source) -> None:
         if "t" in SUBSETS[i]:
             assert values["text"] == f"{CAPTIONS[i % 6]} {i}"
         assert source.metadata(*place)["number"] == i
+
+
+def test_some_samples_of_a_source_are_one_in_their_own_order(source: Source) -> None:
+    places = list(source.places())
+    some = Chosen(source, [places[7], places[0], places[4]])
+    assert len(some) == 3
+    assert [some.sample(*place).key for place in some.places()] == ["k7", "k0", "k4"]
+    assert some.labels("number") == [7, 0, 4]
+    others = [source, Chosen(source, places), Chosen(source, [places[0], places[7], places[4]])]
+    assert len({each.fingerprint for each in (some, *others)}) == 4
+    assert some.fingerprint == Chosen(source, [places[7], places[0], places[4]]).fingerprint
 
 
 def test_it_counts_members_and_names_what_nothing_reads(source: Source, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from data.shards import write_shards
 from data.source import Source
 from data.text import train_tokenizer
 from data.transforms import AudioView, ImageView, TextView, Views
-from eval.features import Features
+from eval.encoders import Pretrained
+from eval.features import Features, World, sweep
+from eval.scored import LAST
 from pretrain.config import Config, load_config
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import ModelConfig, Vocabulary
@@ -140,6 +142,21 @@ def tiny_encoder(tokenizer: PreTrainedTokenizerBase, seed: int = 0, model: Model
 def tiny_trained_state(folder: Path) -> dict[str, torch.Tensor]:
     """The encoder's weights in a checkpoint's folder."""
     return dict(Encoder.load(folder / "encoder").state_dict())
+
+
+def extract(
+    encoders: Sequence[Encoder],
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    labels: list[int],
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> list[dict[str, Features]]:
+    """Features of encoders of one architecture by modality, in memory."""
+    several = [Pretrained("encoder", encoder, tokenizer) for encoder in encoders]
+    found = sweep(several, source, labels, None, device, batch_size, workers, world=World())
+    return [each[LAST, "default"] for each in found]
 
 
 def embeddings_of(features: Features) -> Tensor:
