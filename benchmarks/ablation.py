@@ -57,6 +57,8 @@ VARIANTS: dict[str, list[str]] = {
     "all, sharing none": ["model.sharing=none"],
     "all, more joint passes": ["objectives.joint_share=0.25"],
     "all, fading": FADING,
+    "all, region x10": ["objectives.masked_region.weight=10"],
+    "all, region x10, fading": ["objectives.masked_region.weight=10", *FADING],
     "all, sharing ffn, fading": ["model.sharing=ffn", *FADING],
     "contrastive, sharing ffn": [*ONLY_CONTRASTIVE, "model.sharing=ffn"],
     "contrastive, sharing none": [*ONLY_CONTRASTIVE, "model.sharing=none"],

@@ -131,8 +131,8 @@ class Overhead(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """Seconds: a save that is waited for, the part of it that copies, and what a save costs the loop; the first and the
-    last as a ratio; the numbers of weights and of steps between saves."""
+    """Seconds: a save that is waited for, the part of it that copies, and what a save costs the loop, which makes the
+    passes of its next step meanwhile; the last to the first; the numbers of weights and of steps between saves."""
 
     waited: float
     copying: float
@@ -293,6 +293,7 @@ def checkpoint_stall(config: Config, saves: int) -> Stall:
     def save_and_wait() -> None:
         begun = stream.clock()
         save(run, aside, wait=True)
+        aside.copied()
         copied = stream.clock()
         aside.wait()
         copying.append(copied - begun)
@@ -382,8 +383,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row("save and wait", f"{stall.waited:.3f} s, {stall.weights / 1e6:.1f} M weights")
             row("  of which copying", f"{stall.copying:.3f} s, {stall.copying / stall.waited:.1%}")
             row("a save costs the loop", f"{stall.lost:.3f} s, {stall.share:.1%}; {stall.period} steps compared")
-            slower = stall.lost - stall.copying
-            row("  of which slower steps", f"{slower:.3f} s, {slower / stall.waited:.1%}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, count
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -102,6 +103,7 @@ class Checkpoints:
         self._warnings: list[str] = []
         # What a checkpoint is copied to first; kept, since memory that was in use before is several times as fast.
         self._copies: dict[tuple[str, str], Tensor] = {}
+        self._copying: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -135,8 +137,9 @@ class Checkpoints:
         *,
         wait: bool = True,
     ) -> bool:
-        """Copy all that a checkpoint holds, and begin to write it. If the one before has failed, that is warned of.
+        """Begin to copy all that a checkpoint holds, and to write it. If the one before has failed, that is warned of.
 
+        Neither weights nor what the optimiser keeps may change before `copied` has returned: passes may be made.
         Where ranks share weights all call it, and the checkpoint is the one that a single process would write.
 
         Args:
@@ -164,20 +167,30 @@ class Checkpoints:
             if self._failures >= RETRIES and not wait:
                 raise
             self._warn(str(error))
-        weights = self._copy("trained", model.encoder.state_dict())
+        later: list[tuple[Tensor, Tensor]] = []
+        weights = self._copy("trained", model.encoder, model.encoder.state_dict(), later)
         tensors = {
-            "objectives": self._copy("objectives", model.objectives.state_dict()),
-            "optimizer": self._copy("optimizer", named(optimizer, model)),
+            "objectives": self._copy("objectives", model.objectives, model.objectives.state_dict(), later),
+            "optimizer": self._copy("optimizer", model, named(optimizer, model), later),
         }
         if average is not None:
-            tensors["trained"], weights = weights, self._copy("average", average.state_dict())
+            tensors["trained"], weights = weights, self._copy("average", average, average.state_dict(), later)
         if not self.main:
             return True
         state = {"schema": SCHEMA, "step": step, "identity": identity, "counters": counters}
         # Made here, not on the thread: what is shared may change while that one writes.
         texts = {"state.json": json.dumps(state, indent=2), STATE: json.dumps(stream, indent=1)}
-        self._writing = self._thread.submit(self._write, step, model.encoder, weights, tokenizer, tensors, texts)
+        copying = self._copying = self._thread.submit(copy_all, later)
+        self._writing = self._thread.submit(
+            self._write, step, model.encoder, weights, tokenizer, tensors, texts, copying
+        )
         return True
+
+    def copied(self) -> None:
+        """Wait until all that `save` was given may change again."""
+        if self._copying is not None:
+            self._copying.result()
+            self._copying = None
 
     @property
     def busy(self) -> bool:
@@ -217,9 +230,19 @@ class Checkpoints:
             self._warn(message)
         return writing.result()
 
-    def _copy(self, what: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On the CPU, contiguous, whole, and no views of what goes on changing; nothing on ranks that do not write."""
-        copies = {}
+    def _copy(
+        self, what: str, module: nn.Module, tensors: Mapping[str, Tensor], later: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """On the CPU, contiguous, whole, and no views of what goes on changing; nothing on ranks that do not write.
+
+        Args:
+            what: the part of the checkpoint.
+            module: that they are of.
+            tensors: by name.
+            later: gets (to, from) of what is still to be copied. What a pass may change, and what ranks share and
+                gather here together, is copied at once.
+        """
+        copies, buffers = {}, {name for name, _ in module.named_buffers()}
         for name, part in tensors.items():
             value = full(part.detach())  # one at a time: the device need not have room for all
             if not self.main:
@@ -228,7 +251,11 @@ class Checkpoints:
             if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
                 kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 self._copies[what, name] = kept
-            copies[name] = kept.copy_(value)
+            copies[name] = kept
+            if name in buffers or isinstance(part, DTensor):
+                kept.copy_(value)
+            else:
+                later.append((kept, value))
         return copies
 
     def _write(
@@ -239,8 +266,10 @@ class Checkpoints:
         tokenizer: PreTrainedTokenizerBase,
         tensors: Mapping[str, dict[str, Tensor]],
         texts: Mapping[str, str],
+        copying: Future[None],
     ) -> Path:
-        """Write aside, rename when whole, then point ``last`` at it and drop what need not remain."""
+        """Once all is copied: write aside, rename when whole, point ``last`` there, drop what need not remain."""
+        copying.result()
         final = self.folder / f"step-{step:08d}"
         partial = _aside(final)
         try:
@@ -394,6 +423,12 @@ def load_encoder(checkpoint: Path) -> Trained:
     """
     folder = checkpoint / "encoder"
     return Trained(Encoder.load(folder).eval(), load_tokenizer(folder / "tokenizer"))
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Fill the first of each pair with the values of the second."""
+    for to, value in pairs:
+        to.copy_(value)
 
 
 def named(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:

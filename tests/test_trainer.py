@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import pretrain.checkpoint
 import pretrain.engine
 import pretrain.start
 from data.text import load_tokenizer
@@ -380,6 +381,7 @@ def test_saving_waits_for_nothing_but_the_one_before(saved: Saved, gate: threadi
 def test_what_is_saved_is_what_was_there_at_the_call(saved: Saved, gate: threading.Event) -> None:
     expected = saved.tensors()
     saved.save(2)
+    saved.checkpoints.copied()
     with torch.no_grad():
         for parameter in saved.model.parameters():
             parameter.add_(1)
@@ -397,6 +399,30 @@ def test_what_is_saved_is_what_was_there_at_the_call(saved: Saved, gate: threadi
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert all(torch.equal(tensor, expected[f"encoder.{name}"]) for name, tensor in average.state_dict().items())
     assert json.loads((checkpoint / "stream.json").read_text()) == {"step": 7}
+
+
+def test_weights_wait_for_their_copies_and_buffers_need_not(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = pretrain.checkpoint.copy_all
+
+    def late(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        time.sleep(0.3)  # a step takes less
+        copy(pairs)
+
+    monkeypatch.setattr(pretrain.checkpoint, "copy_all", late)
+    settings = ("train.ema=0.5", "objectives.masked_region.target=latent", "objectives.masked_region.teacher.layers=1")
+    train(tmp_path, *settings)
+    monkeypatch.undo()
+    train(tmp_path / "at once", *settings)
+    assert differing(at(tmp_path, 2), at(tmp_path / "at once", 2), "trained.safetensors") == []
+
+    saved.model.objectives.register_buffer("seen", torch.zeros(1))
+    monkeypatch.setattr(pretrain.checkpoint, "copy_all", late)
+    saved.save(2)
+    saved.model.objectives.get_buffer("seen").add_(1)  # as a pass may
+    saved.finish()
+    assert load_file(saved.folder / "step-00000002" / "objectives.safetensors")["seen"] == 0
 
 
 def test_an_ordinary_save_leaves_the_one_before_its_time(saved: Saved, gate: threading.Event) -> None:
