@@ -32,6 +32,7 @@ from pretrain import trackers
 from pretrain.checkpoint import find_checkpoint, find_last, load_checkpoint
 from pretrain.config import Config, ConfigError, to_yaml
 from pretrain.explain import differences
+from pretrain.exports.manifest import check_folder
 from pretrain.initial import load_initial
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
@@ -116,6 +117,9 @@ def start_accelerator(config: Config) -> Accelerator:
         ConfigError: a precision that this device does not have.
         TrackerError: a tracker that is not installed.
     """
+    # oneDNN reads it when it first computes something. It keeps 1,024 kernels of a third of a megabyte, one per shape; a
+    # step uses some 200, and as the number of hidden tokens varies a run would go on growing for thousands of steps.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "384")
     # Without CUDA it is the CPU: Apple's GPUs have no float64, in which the log-mel is computed.
     cpu = not torch.cuda.is_available()
     settings = config.train
@@ -241,6 +245,8 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
     if resumed_from is None:
+        for name in config.init_from.values():
+            check_folder(Path(name))  # weights with a flipped bit would load without a word
         load_initial(encoder, config.init_from)
     encoder.recompute = config.train.recompute
     continues = continues_word(tokenizer) if config.objectives.masked_language.whole_words else None
