@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data.errors import UserError
@@ -46,8 +46,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {name_or_path} can't be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # where a file is damaged, `tokenizers` raises no class of its own
+        raise UserError(f"tokenizer {name_or_path} can't be loaded: {error}".splitlines()[0]) from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {name_or_path} is a slow one: only fast tokenizers (tokenizer.json) are supported")
     tokenizer.padding_side = "right"  # the embedding is read at the first token, wherever the tokenizer was made
@@ -79,10 +79,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe = Tokenizer(models.BPE(unk_token=_SPECIAL["unk_token"]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
+    # A word's token begins with the space before the word, so a mask that stands for it takes that space, as RoBERTa's
+    # does; else "a <mask> cat" would have a token of a lone space. Captions have no mask: there its name is text.
+    takes_space = {_SPECIAL["mask_token"]}
+    added = [AddedToken(token, lstrip=token in takes_space, special=True) for token in special]
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=added, initial_alphabet=alphabet, show_progress=False
         ),
     )
     bpe.post_processor = processors.TemplateProcessing(

@@ -132,7 +132,7 @@ def pretrained(auto: Any, folder: Path, classes: Sequence[str]) -> Any:
     Raises:
         ValueError: weights are missing besides the head's.
     """
-    model, loading = auto.from_pretrained(folder, **_names(classes), output_loading_info=True)
+    model, loading = auto.from_pretrained(folder, dtype=torch.float32, **_names(classes), output_loading_info=True)
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("classifier."))
     if missing:  # they would be random, and no one would notice
         raise ValueError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
@@ -147,13 +147,13 @@ def scratch(auto: Any, folder: Path, classes: Sequence[str] = ()) -> Any:
     """
     config = transformers.AutoConfig.from_pretrained(folder, **(_names(classes) if classes else {}))
     config.initializer_range = config.hidden_size**-0.5
-    return auto.from_config(config)
+    return auto.from_config(config, dtype=torch.float32)
 
 
 def random_weights(auto: Any, folder: Path) -> Any:
     """The model of a folder as `transformers` would begin it, to be looked at untrained."""
     torch.manual_seed(0)
-    return auto.from_config(transformers.AutoConfig.from_pretrained(folder)).eval()
+    return auto.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
 
 
 def _names(classes: Sequence[str]) -> dict[str, Any]:

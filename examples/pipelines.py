@@ -44,7 +44,10 @@ from transformers import (
 
 # How an `Auto` class makes the model of a folder: from its weights, or from its config alone.
 Load = Callable[[Any, Path], Any]
-LOADS: dict[str, Load] = {"export": lambda auto, folder: auto.from_pretrained(folder), "random": random_weights}
+LOADS: dict[str, Load] = {
+    "export": lambda auto, folder: auto.from_pretrained(folder, dtype=torch.float32),
+    "random": random_weights,
+}
 
 
 def image_features(load: Load, export: Path, labelled: Sequence[Sample], test: Sequence[Sample]) -> float:
@@ -71,8 +74,7 @@ def fill_mask(load: Load, export: Path, test: Sequence[Sample]) -> float:
         places = [i for i, word in enumerate(words) if i and len(tokenizer.tokenize(f" {word}")) == 1]
         if places:
             place = rng.choice(places)
-            # No space before the mask: it belongs to the token of the word that is hidden.
-            masked = " ".join(words[:place]) + " ".join([tokenizer.mask_token, *words[place + 1 :]])
+            masked = " ".join([*words[:place], tokenizer.mask_token, *words[place + 1 :]])
             right += fill(masked, top_k=1)[0]["token_str"].strip() == words[place]
             total += 1
     if not total:

@@ -42,7 +42,7 @@ def score(given: argparse.Namespace) -> None:
         tokenizer([each.replace("{}", name) for each in templates], padding=True, truncation=True, return_tensors="pt")
         for name in names.values()
     ]
-    pretrained = AutoModel.from_pretrained(folder)
+    pretrained = AutoModel.from_pretrained(folder, dtype=torch.float32)
     scores = {
         "export": [top1(pretrained, pixels, prompts, wanted)],
         "random weights": [top1(random_weights(AutoModel, folder), pixels, prompts, wanted)],

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from data.stream import STATE
 from eval.report import SCHEMA as RESULTS_SCHEMA
@@ -117,7 +120,7 @@ def read_about(checkpoint: Path, *, averaged: bool = False, evaluated: bool = Tr
         evaluated: whether what is exported is what the run evaluates: the same weights, for inputs of the same size.
         licence: of the weights.
     """
-    run = checkpoint.resolve().parents[1]
+    run = checkpoint.resolve().parent.parent
     state, stream = _json(checkpoint / "state.json"), _json(checkpoint / STATE)
     recipes = [path for path in (run / "given.yaml", run / "config.yaml") if path.is_file()]
     return About(
@@ -145,6 +148,8 @@ def card(name: str, subject: Subject, about: About, differences: Mapping[str, fl
     pipeline, lines = LOADS[name]
     if name == "joint" and "text" not in subject.modalities:
         lines = JOINT_WITHOUT_TEXT
+    if subject.dtype != torch.float32:  # in which processors make their inputs
+        lines = re.sub(r"^model = .*$", r"\g<0>.float()", lines, flags=re.MULTILINE)
     notes = ""
     if name == "image_text" and (bias := subject.bias("image_text")) is not None:
         notes = (
@@ -189,7 +194,8 @@ def overview(subject: Subject, about: About, differences: Mapping[str, float], g
 {rows}
 {absent}{onnx}
 
-Each folder has a card with the lines that load it; from the hub it is `from_pretrained(REPO, subfolder=...)`.
+Each folder has a card with the lines that load it; from the hub it is `from_pretrained(REPO, subfolder=...)`, but for
+`joint/`: `transformers` looks for its code at the top, so take `huggingface_hub.snapshot_download(REPO)` first.
 `{MANIFEST}` has the size and sha256 of every file: `python pretrain/export.py --check FOLDER` compares them.
 
 {_origin(subject, about)}"""

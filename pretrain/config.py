@@ -19,6 +19,7 @@ from data.stream import DataConfig
 from data.text import TokenizerConfig
 from eval.tasks import EvalConfig
 from objectives.pretraining import OBJECTIVES, ObjectivesConfig
+from pretrain.exports.folders import ExportConfig
 from pretrain.model.tokenizers import PRESETS, ModelConfig
 from pretrain.trackers import TrackerConfig
 
@@ -149,6 +150,8 @@ class Config:
     """The loop."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """The evaluation at the end, and looks at the encoder on the way."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The export at the end."""
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
     """Where metrics go besides metrics.jsonl."""
     doctor: bool = False

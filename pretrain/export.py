@@ -2,6 +2,7 @@
 
     python pretrain/export.py runs/digits exported                    # the run's newest checkpoint, or a checkpoint
     python pretrain/export.py runs/digits exported --image-size 64 --audio-seconds 2 --dtype bfloat16 --onnx
+    python pretrain/export.py runs/digits exported --folders image text       # each has weights of its own
     python pretrain/export.py --check exported                        # is it still what was written?
 
 image/ text/ audio/ are the streams, embed_image/ embed_text/ embed_audio/ give their contrastive embeddings,
@@ -10,10 +11,12 @@ one sequence with code of its own; README.md in each says what it is and has the
 """
 
 import argparse
+import hashlib
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +27,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined] # whichever release of it that is
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,12 +39,14 @@ from data.source import Source
 from data.stream import open_split, open_train
 from data.text import load_tokenizer, train_tokenizer
 from data.transforms import Views
+from eval.scored import digest, tensors_digest, tokenizer_digest
+from objectives.pretraining import ObjectivesConfig, Pretraining
 from pretrain.cards import LICENCE, About, card, overview, read_about, versions
 from pretrain.checkpoint import find_checkpoint, load_encoder
 from pretrain.config import load_config
-from pretrain.exports.folders import FOLDERS, INPUTS, folders_of
+from pretrain.exports.folders import FOLDERS, INPUTS, check_names, folders_of
 from pretrain.exports.graphs import check_onnx, write_onnx
-from pretrain.exports.manifest import check, check_replaceable, write_manifest
+from pretrain.exports.manifest import BESIDE, check, check_replaceable, write_manifest
 from pretrain.exports.streams import save_tokenizer
 from pretrain.exports.subject import ExportError, Subject, resized, rounded
 from pretrain.exports.verify import TEXTS, Sample, make_inputs, random_samples, real_samples, verify
@@ -74,6 +80,7 @@ def export(
     about: About | None = None,
     *,
     sample: Sample | None = None,
+    names: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     onnx: bool = False,
     fresh: bool = True,
@@ -88,6 +95,7 @@ def export(
             there are no embeddings, without the masked-language loss' no masked_lm.
         about: where the encoder comes from, for the cards.
         sample: raw samples to compare with; None: random ones.
+        names: of the folders, which bring those that they need; None: all that there can be.
         dtype: in which weights are saved.
         onnx: write graphs for ONNX, too.
         fresh: verify in a process of its own, which takes seconds to start.
@@ -96,8 +104,8 @@ def export(
         name -> folder, such as ``embed_text``; the streams come first.
 
     Raises:
-        ExportError: ``out`` holds anything but an earlier export, or something that was saved gives anything else than
-            the encoder; nothing of it remains, and what was there is as it was.
+        ExportError: ``out`` holds anything but an earlier export, a folder that there can't be is named, or something
+            that was saved gives anything else than the encoder; nothing of it remains, and what was there is as it was.
     """
     check_replaceable(out)
     if onnx:
@@ -105,8 +113,9 @@ def export(
     about = about or About()
     subject = rounded(Subject(encoder.eval(), tokenizer, dict(objectives or {})), dtype)
     sample = sample or random_samples(encoder.views)
-    folders = folders_of(subject)
-    partial = out.with_name(f".{out.name}.partial")
+    folders = folders_of(subject, names)
+    place = out.resolve()  # behind links, which remain
+    partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name, folder in folders.items():
@@ -121,6 +130,7 @@ def export(
             (partial / name / "README.md").write_text(card(name, subject, about, differences, sample.origin))
         (partial / "README.md").write_text(overview(subject, about, differences, graphs))
         described = {
+            "source": _source(subject, about, list(folders)),
             "checkpoint": about.checkpoint,
             "step": about.step,
             "dtype": str(dtype).removeprefix("torch."),
@@ -129,7 +139,7 @@ def export(
             "verified": {"with": sample.origin, "differences": differences, "onnx": graphs},
         }
         write_manifest(partial, described)
-        _replace(out, partial)
+        _replace(place, partial)
     except SafetensorError as error:  # such as a full disk
         raise ExportError(f"{out} could not be written: {error}") from error
     finally:
@@ -147,7 +157,48 @@ def _replace(out: Path, partial: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_exportable(config: ModelConfig, views: Views, out: Path, tokenizer: str | None = None) -> None:
+def find_whole(given: Exportable, out: Path, names: Sequence[str] | None = None) -> dict[str, Path] | None:
+    """The folders of an export that `export` would only make again, or None where there is none that is whole.
+
+    Args:
+        given: what would be exported, in float32.
+        out: where the export would be.
+        names: of the folders, as for `export`.
+    """
+    subject = Subject(given.encoder, given.tokenizer, given.objectives)
+    folders = list(folders_of(subject, names))
+    try:
+        same = check(out).get("source") == _source(subject, given.about, folders)
+    except ExportError:
+        return None
+    return {name: out / name for name in folders} if same else None
+
+
+def _source(subject: Subject, about: About, folders: Sequence[str]) -> str:
+    """Hex sha256 of all that decides what an export of these folders consists of, its code included."""
+    encoder, here = subject.encoder, Path(__file__).parent
+    code = [*sorted((here / "exports").glob("*.py")), *(here / name for name in ("cards.py", "export.py", "stock.py"))]
+    return digest(
+        {
+            "weights": [tensors_digest(encoder.state_dict()), tensors_digest(subject.objectives), str(subject.dtype)],
+            "sizes": [asdict(encoder.config), asdict(encoder.views), encoder.vocabulary],
+            "tokenizer": tokenizer_digest(subject.tokenizer),
+            "cards": about,
+            "folders": folders,
+            "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
+            "versions": versions(),
+        }
+    )
+
+
+def check_exportable(
+    config: ModelConfig,
+    views: Views,
+    out: Path,
+    tokenizer: str | None = None,
+    objectives: ObjectivesConfig | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
     """Refuse, before a run begins, what could not be exported at its end.
 
     The stock models are built and filled without memory, so that what they don't take shows.
@@ -157,10 +208,12 @@ def check_exportable(config: ModelConfig, views: Views, out: Path, tokenizer: st
         views: of its modalities.
         out: where the export is going to be.
         tokenizer: name of the tokenizer, if it is not going to be trained.
+        objectives: from what the encoder is going to learn; None: the default ones.
+        names: of the folders, as for `export`.
 
     Raises:
         ExportError: a modality that no stock class reads, a shape that it does not take, a tokenizer that makes other
-            ids once it is saved, or a folder that holds something else.
+            ids once it is saved, a folder that holds something else, or names of folders that there won't be.
         UserError: sizes that patches don't divide, or a tokenizer that can't be used.
     """
     check_replaceable(out)
@@ -170,7 +223,10 @@ def check_exportable(config: ModelConfig, views: Views, out: Path, tokenizer: st
     special = tuple(sorted(reads.all_special_ids))
     with torch.device("meta"):
         encoder = Encoder(config, views, Vocabulary(len(reads), reads.pad_token_id, reads.mask_token_id, special))
-        subject = Subject(encoder, reads)
+        everything = torch.ones(len(reads), dtype=torch.bool)  # which tokens continue a word is no matter here
+        learned = Pretraining(encoder, objectives or ObjectivesConfig(), everything).objectives.state_dict()
+        subject = Subject(encoder, reads, learned)
+        folders_of(subject, names)
         for modality in views.used:
             for name in (modality, f"embed_{modality}"):
                 try:
@@ -186,7 +242,7 @@ def _check_tokenizer(subject: Subject, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(subject, Path(folder))
         saved = PreTrainedTokenizerFast.from_pretrained(folder)
-    for text in TEXTS:
+    for text in (*TEXTS, f"a {subject.tokenizer.mask_token} caption"):
         ours, theirs = (each(text)["input_ids"] for each in (subject.tokenizer, saved))
         if ours != theirs:
             raise ExportError(
@@ -212,16 +268,18 @@ def read_exportable(
         FileNotFoundError: a file of the checkpoint is missing.
         UserError: its tensors don't fit its config, or a file is damaged.
     """
-    encoder, tokenizer = load_encoder(checkpoint)
     trained = checkpoint / "trained.safetensors"
     if ema and not trained.exists():
         raise ExportError(f"--ema: {checkpoint} has no average of its weights; train.ema makes one")
     averaged = trained.exists() and ema is not False
     try:
+        encoder, tokenizer = load_encoder(checkpoint)
         objectives = load_file(checkpoint / "objectives.safetensors")
         if trained.exists() and not averaged:
             encoder.load_state_dict(load_file(trained))
-    except (RuntimeError, SafetensorError) as error:
+    except UserError:  # which says more
+        raise
+    except (RuntimeError, ValueError, KeyError, OmegaConfBaseException, SafetensorError) as error:
         raise ExportError(f"{checkpoint} is damaged: {error}") from error
     same = evaluated and averaged == trained.exists()
     about = read_about(checkpoint, averaged=averaged, evaluated=same, licence=licence)
@@ -268,7 +326,14 @@ def push(out: Path, repo: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=out, commit_message="Export of Triptych")
+        # What an earlier export left in these folders would be left over in this one.
+        tops = {name.partition("/")[0] for name in (*FOLDERS, *BESIDE)}
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=out,
+            commit_message="Export of Triptych",
+            delete_patterns=[f"{top}/*" for top in sorted(tops)],
+        )
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         raise ExportError(f"--push-to-hub {repo}: {error}; the export is in {out}") from error
     return str(address)
@@ -286,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--ema", action=argparse.BooleanOptionalAction, help="the average of the weights (default: if there is one)")
     add("--image-size", type=int, metavar="PIXELS", help="side of the images, if not that of training")
     add("--audio-seconds", type=float, metavar="SECONDS", help="length of the sounds, likewise")
+    add("--folders", nargs="+", metavar="NAME", help=f"only these and what they need, of {', '.join(FOLDERS)}")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     add("--onnx", action="store_true", help="the streams as ONNX graphs, too; needs the extra onnx")
     add("--licence", default=LICENCE, metavar="ID", help="of the weights, for the cards, such as cc-by-4.0")
@@ -298,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.check is not None:
             print(f"{arguments.check}: {len(check(arguments.check)['files'])} files as they were written")
             return 0
+        check_names("--folders", arguments.folders)
         checkpoint = find_checkpoint(arguments.source)
         check_replaceable(arguments.out)
         other = arguments.image_size is not None or arguments.audio_seconds is not None
@@ -309,7 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out,
             given.objectives,
             given.about,
-            sample=_sample_of_run(checkpoint.resolve().parents[1], encoder.views),
+            sample=_sample_of_run(checkpoint.resolve().parent.parent, encoder.views),
+            names=arguments.folders,
             dtype=DTYPES[arguments.dtype],
             onnx=arguments.onnx,
         )

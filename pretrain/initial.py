@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel
 
@@ -84,7 +85,7 @@ def _stock(modality: str, name: str) -> tuple[Any, set[str]]:
     """The stock model, and the names of parameters that its file lacks."""
     try:
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: tensors of other shapes
         raise InitialError(f"init_from.{modality}={name}: {error}") from error
     if model.config.model_type != TYPES[modality]:
         raise InitialError(

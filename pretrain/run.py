@@ -35,7 +35,8 @@ from pretrain.config import Config, find_recipe, given_yaml, load_config
 from pretrain.doctor import examine
 from pretrain.engine import Stopped, pretrain
 from pretrain.explain import commented_yaml, explain
-from pretrain.export import check_exportable, export, read_exportable, sample_of
+from pretrain.export import check_exportable, export, find_whole, read_exportable, sample_of
+from pretrain.exports.folders import FOLDERS
 from pretrain.model.encoder import Encoder
 from pretrain.ranks import first_alone
 from pretrain.start import start_accelerator
@@ -102,7 +103,10 @@ def run(config: Config, given: str | None = None) -> None:
     if config.dry_run:
         config = rehearsal(config)
     accelerator = start_accelerator(config)
-    check_exportable(config.model, config.data.views, Path(config.out) / "export", config.tokenizer.name)
+    names = config.export.folders
+    check_exportable(
+        config.model, config.data.views, Path(config.out) / "export", config.tokenizer.name, config.objectives, names
+    )
     if config.doctor:
         accelerator.print(examine(config, accelerator))
         accelerator.end_training()
@@ -144,8 +148,14 @@ def run(config: Config, given: str | None = None) -> None:
         else:
             scores = table(results) + "\n\n"
     made = read_exportable(checkpoint)  # now, since its cards show the results
-    sample = sample_of(sources, made.encoder.views)
-    folders = export(made.encoder, made.tokenizer, out / "export", made.objectives, made.about, sample=sample)
+    folders = find_whole(made, out / "export", names)
+    if folders is None:
+        sample = sample_of(sources, made.encoder.views)
+        folders = export(
+            made.encoder, made.tokenizer, out / "export", made.objectives, made.about, sample=sample, names=names
+        )
+    else:
+        print(f"export      {out / 'export'} is whole and of this checkpoint: kept as it is")
     found = "".join(f"WARNING     {warning}\n" for warning in warnings(config, encoder))
     screen = closing_screen(out, checkpoint, list(folders))
     print("\n" + scores + skipped_samples(checkpoint) + found + "\n" * bool(found) + screen)
@@ -175,19 +185,19 @@ def warnings(config: Config, encoder: Encoder) -> list[str]:
     return warnings_of(lines, probe, dims)
 
 
-def closing_screen(out: Path, checkpoint: Path, modalities: Sequence[str]) -> str:
+def closing_screen(out: Path, checkpoint: Path, folders: Sequence[str]) -> str:
     """What lies where, and the commands to copy next."""
     results, python = out / "eval" / "results.json", shlex.quote(os.path.relpath(sys.executable))
-    folder = json.dumps(str(out / "export" / modalities[0]))
+    folder, loads = json.dumps(str(out / "export" / folders[0])), FOLDERS[folders[0]].loads
     page = results.with_name("report.html")
     report = f"\nreport      {page}" if page.exists() else ""
-    load = f"from transformers import AutoModel; print(AutoModel.from_pretrained({folder}))"
+    load = f"from transformers import {loads}; print({loads}.from_pretrained({folder}))"
     return f"""\
 run         {out}
 checkpoint  {checkpoint}
 metrics     {out / "metrics.jsonl"}
 results     {results if results.exists() else "none: eval.label is null"}{report}
-export      {out / "export"}/{{{",".join(modalities)}}}
+export      {out / "export"}/{{{",".join(folders)}}}
 
 next
   load      {python} -c {shlex.quote(load)}

@@ -117,8 +117,8 @@ def start_accelerator(config: Config) -> Accelerator:
         ConfigError: a precision that this device does not have.
         TrackerError: a tracker that is not installed.
     """
-    # oneDNN reads it when it first computes something. It keeps 1,024 kernels of a third of a megabyte, one per shape; a
-    # step uses some 200, and as the number of hidden tokens varies a run would go on growing for thousands of steps.
+    # oneDNN reads it when it first computes something. It would keep 1,024 kernels of a quarter of a megabyte, one per
+    # shape. A step uses some 200; but the number of hidden tokens varies, and a run would grow for thousands of steps.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "384")
     # Without CUDA it is the CPU: Apple's GPUs have no float64, in which the log-mel is computed.
     cpu = not torch.cuda.is_available()

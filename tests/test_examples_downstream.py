@@ -172,6 +172,25 @@ def test_one_start_has_the_export_s_weights_and_the_other_has_none_of_them(expor
         assert model.classifier.out_features == 2
 
 
+def test_an_export_in_bfloat16_is_used_in_float32(
+    exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported / "text")
+    torch.manual_seed(0)
+    encoder = tiny_encoder(tokenizer)
+    names = ["text/masked_lm", "image", "image_text"]
+    export(encoder, tokenizer, tmp_path / "half", learned(encoder), dtype=torch.bfloat16, names=names, fresh=False)
+    few_labels = importlib.import_module("few_labels")
+    for name in ("pretrained", "scratch"):
+        model = getattr(few_labels, name)(AutoModelForImageClassification, tmp_path / "half" / "image", ["a", "b"])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    given = command(tmp_path / "half", shards)
+    assert main("fill_mask")([*given, "--captions", "24", "--steps", "1"]) == 0
+    assert main("zero_shot_pairs")([given[0], *given[3:], "--classes", *NAMES]) == 0
+    load = importlib.import_module("pipelines").LOADS["export"]
+    assert load(AutoModel, tmp_path / "half" / "image").dtype is torch.float32
+
+
 def test_missing_weights_are_no_new_head(exported: Path, shards: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(exported / "image", tmp_path / "image")
     weights = load_file(tmp_path / "image" / "model.safetensors")
@@ -305,7 +324,7 @@ def test_a_hidden_word_is_guessed_as_by_the_pipeline(
     given = [*command(exported, shards), "--captions", "24", "--steps", "60", "--learning-rate", "3e-2"]
     assert script.main([*given, "--text", "a <mask> tone"]) == 0
     out = capsys.readouterr().out
-    first = fill("a<mask> tone", top_k=1)[0]
+    first = fill("a <mask> tone", top_k=1)[0]
     assert out.startswith(f"a <mask> tone: {first['token_str'].strip()} {100 * first['score']:.0f} %, ")
     assert "guessed tokens of 15 other captions" in out
     assert row(out, "export")[0] > row(out, "export as it is")[0] + 10  # random weights, and trained ones

@@ -30,6 +30,7 @@ from pretrain.export import export
 from pretrain.exports.folders import FOLDERS, folders_of
 from pretrain.exports.image_text import with_bias_in_pooler
 from pretrain.exports.modeling_triptych import TriptychModel
+from pretrain.exports.streams import save_image_processor
 from pretrain.exports.subject import ExportError, Subject
 from pretrain.exports.verify import random_samples, verify
 from pretrain.initial import load_initial
@@ -524,6 +525,8 @@ def test_only_what_was_trained_is_exported(tmp_path: Path, exported: Exported) -
     ("used", "expected"),
     [
         (("image",), ["image"]),
+        (("text",), ["text", "text/masked_lm"]),
+        (("audio",), ["audio"]),
         (("image", "audio"), ["image", "audio", "embed_image", "embed_audio", "joint"]),
         (("text", "audio"), ["text", "audio", "text/masked_lm", "embed_text", "embed_audio", "joint"]),
     ],
@@ -543,6 +546,48 @@ def test_only_the_modalities_of_the_encoder_are_exported(
     assert list(export(encoder, exported.subject.tokenizer, tmp_path, objectives, fresh=False)) == expected
     tops = {name.partition("/")[0] for name in expected}
     assert {path.name for path in tmp_path.iterdir()} == tops | {"README.md", "export.json"}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["embed_text", "image"], ["image", "embed_text"]),
+        (["text/masked_lm"], ["text/masked_lm"]),
+        (["image_text"], ["image_text"]),
+        (["joint"], ["image", "text", "audio", "joint"]),
+    ],
+)
+def test_only_the_folders_that_are_chosen_and_what_they_need_are_exported(
+    tmp_path: Path, exported: Exported, names: list[str], expected: list[str]
+) -> None:
+    for _ in range(2):  # the second one takes the first one's place
+        assert list(write(exported.subject, tmp_path / "out", names=names)) == expected
+    found = {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("config.json")}
+    assert found - {"text/1_Pooling", "text/2_Dense", "text/3_Dense"} == set(expected)
+    assert list(differences(tmp_path / "out")) == expected
+    assert max(differences(tmp_path / "out").values()) < 1e-6
+
+
+def test_the_processors_of_chosen_folders_are_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported
+) -> None:
+    def wrong(_: Subject, folder: Path) -> None:
+        save_image_processor(exported.subject, folder)
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "image_std": [0.6] * 3}))
+
+    changed = FOLDERS["embed_image"]._replace(processors=(wrong,))
+    monkeypatch.setattr(pretrain.exports.folders, "FOLDERS", {**FOLDERS, "embed_image": changed})
+    monkeypatch.setitem(pretrain.exports.folders.PROCESSORS, "image", wrong)
+    with pytest.raises(ExportError, match="processors make other pixel_values"):
+        write(exported.subject, tmp_path / "out", names=["embed_image"])
+
+
+def test_a_folder_that_there_cannot_be_is_refused(tmp_path: Path, exported: Exported) -> None:
+    made = exported.subject
+    with pytest.raises(ExportError, match="there can be no image_text, since the run had no contrastive loss"):
+        export(made.encoder, made.tokenizer, tmp_path / "out", {}, names=["text", "image_text"], fresh=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("modality", ["image", "text", "audio"])
@@ -579,3 +624,9 @@ def test_weights_in_bfloat16_are_the_rounded_ones(tmp_path: Path, exported: Expo
         assert all(torch.equal(tensor, whole[key].bfloat16()) for key, tensor in stored.items())
     assert exported.subject.encoder.get_parameter("norm.all.bias").dtype == torch.float32
     assert "Saved in bfloat16" in (tmp_path / "README.md").read_text()
+    for name in ALL:  # processors make float32
+        model = next(
+            line for line in (tmp_path / name / "README.md").read_text().splitlines() if line[:8] == "model = "
+        )
+        assert model.endswith(").float()")
+        assert ".float()" not in (exported.out / name / "README.md").read_text()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,19 +25,25 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 import pretrain.export
 import pretrain.exports.folders
 from data.batch import Field
+from data.errors import UserError
+from data.text import train_tokenizer
 from data.transforms import AudioView, ImageView
 from eval.report import write_results
-from pretrain.cards import read_about, versions
-from pretrain.export import check_exportable, export, main, push, read_exportable, sample_of
+from objectives.contrastive import ContrastiveConfig
+from objectives.pretraining import ObjectivesConfig
+from pretrain.cards import About, read_about, versions
+from pretrain.config import load_config
+from pretrain.export import Exportable, check_exportable, export, find_whole, main, push, read_exportable, sample_of
 from pretrain.exports import graphs
 from pretrain.exports.folders import FOLDERS, folders_of
-from pretrain.exports.manifest import check
+from pretrain.exports.manifest import check, check_folder, check_replaceable
 from pretrain.exports.subject import ExportError, Subject, resized
 from pretrain.exports.verify import make_inputs, random_samples, verify
 from pretrain.initial import resize_grid
 from pretrain.model.tokenizers import PRESETS, ModelConfig
+from pretrain.run import main as run_main
 from tests.exported import ALL, learned, samples, subject, write_checkpoint
-from tests.tiny import MODEL, VIEWS, open_shards, tiny_encoder, write_split
+from tests.tiny import MODEL, VIEWS, open_shards, tiny_encoder, write_recipe, write_split
 
 ROOT = Path(__file__).parents[1]
 STREAMS = {name: FOLDERS[name] for name in ("image", "text", "audio")}
@@ -178,6 +185,9 @@ def test_results_of_other_weights_are_not_on_the_card(run: tuple[Path, Subject],
         (["RUN", "RUN"], "holds files that are no export (checkpoints, config.yaml, eval): choose another folder"),
         (["RUN", "RUN/config.yaml"], "is no folder"),
         (["--check", "RUN"], "no whole export: there is no export.json"),
+        (["RUN", "OUT", "--folders", "imge"], "--folders: 'imge' is unknown; allowed are image, text, "),
+        (["RUN", "OUT", "--folders", "image", "embed_txt"], "joint; did you mean embed_text?"),
+        (["RUN", "/proc"], "/proc is where a disk is mounted, and can't be replaced: choose a folder in it"),
     ],
 )
 def test_mistakes_are_one_clear_error(
@@ -205,10 +215,20 @@ def test_either_a_source_and_a_folder_or_a_check(capsys: pytest.CaptureFixture[s
 
 def test_a_damaged_checkpoint_is_named(run: tuple[Path, Subject], tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, run[1].encoder, run[1].tokenizer, dict(run[1].objectives))
-    path = checkpoint / "objectives.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ExportError, match="step-00000007 is damaged"):
-        read_exportable(checkpoint)
+    for name in ("encoder/config.json", "encoder/tokenizer/tokenizer.json", "objectives.safetensors"):
+        path = checkpoint / name
+        whole = path.read_bytes()
+        for damaged in (
+            whole[:-9],
+            b"\xff" + whole[1:],
+            whole.replace(b'"width"', b'"wedth"').replace(b"lstrip", b"lstriq"),
+        ):
+            path.write_bytes(damaged)
+            if damaged != whole:
+                with pytest.raises(UserError, match=r"config\.json|is damaged|can't be loaded"):
+                    read_exportable(checkpoint)
+        path.write_bytes(whole)
+    read_exportable(checkpoint)
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read_exportable(checkpoint)
@@ -235,6 +255,9 @@ def damage(out: Path, kind: str) -> str:
     if kind == "half a manifest":
         manifest.write_text(manifest.read_text()[:-20])
         return "export.json is damaged"
+    if kind == "a word of the manifest":
+        manifest.write_text(manifest.read_text().replace('"bytes"', '"bxtes"', 1))
+        return "README.md: damaged"
     if kind == "another schema":
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 99}))
         return "schema 1"
@@ -243,7 +266,8 @@ def damage(out: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["a byte", "cut", "missing", "more", "half a manifest", "another schema", "no manifest"]
+    "kind",
+    ["a byte", "cut", "missing", "more", "half a manifest", "a word of the manifest", "another schema", "no manifest"],
 )
 def test_an_export_that_is_damaged_or_not_whole_is_known(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -279,6 +303,122 @@ def test_an_export_replaces_the_earlier_one_and_nothing_else(tmp_path: Path, mon
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_what_was_put_into_an_export_is_not_lost(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(exported, out)
+    check_replaceable(out)
+    (out / "image" / "tuned").mkdir()
+    (out / "image" / "tuned" / "model.safetensors").write_text("days of work")
+    with pytest.raises(ExportError, match=r"no export \(image/tuned/model\.safetensors\): choose another folder"):
+        check_replaceable(out)
+    (out / "export.json").write_text("{")  # then nothing is known of what was there
+    check_replaceable(out)
+
+
+def test_hidden_files_that_downloads_come_with_are_no_matter(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(exported, out)
+    (out / ".cache" / "huggingface").mkdir(parents=True)
+    for path in (out / ".gitattributes", out / ".cache" / "huggingface" / "image.lock"):
+        path.write_text("")
+    assert check(out) == check(exported)
+
+
+def test_an_export_goes_where_a_link_leads(tmp_path: Path) -> None:
+    made, disk = subject(), tmp_path / "a disk"
+    (disk / "large").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(disk / "large")
+    for _ in range(2):
+        export(made.encoder, made.tokenizer, tmp_path / "link", made.objectives, names=["image"], fresh=False)
+        assert (tmp_path / "link").is_symlink()
+        assert check(disk / "large")["verified"]["differences"].keys() == {"image"}
+        assert [path.name for path in disk.iterdir()] == ["large"]
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match=r"^\. is the folder that this was started in, .*: choose a folder in it"):
+        check_replaceable(Path())
+
+
+def test_what_would_only_be_made_again_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain.exports.folders, "FOLDERS", STREAMS)
+    made, out = subject(), tmp_path / "out"
+    given = Exportable(made.encoder, made.tokenizer, dict(made.objectives), About("run/step-7", 7))
+    assert find_whole(given, out) is None
+    written = export(given.encoder, given.tokenizer, out, given.objectives, given.about, fresh=False)
+    given.tokenizer(["a", "a low tone"], padding=True, truncation=True, max_length=3)  # which it remembers
+    assert find_whole(given, out) == written
+    assert find_whole(given, out, ["image"]) is None
+    encoder = tiny_encoder(made.tokenizer, seed=1)
+    others = [
+        given._replace(encoder=encoder),
+        given._replace(encoder=resized(given.encoder, audio_seconds=0.1)),
+        given._replace(objectives=learned(encoder, seed=1)),
+        given._replace(tokenizer=train_tokenizer([], 261)),
+        given._replace(about=given.about._replace(results={"linear/image": {}})),
+    ]
+    assert [find_whole(other, out) for other in others] == [None] * len(others)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.export, "versions", lambda: {"torch": "0"})
+        assert find_whole(given, out) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: b"other code")
+        assert find_whole(given, out) is None
+    assert find_whole(given, out) == written
+    weights = out / "audio" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert find_whole(given, out) is None
+
+
+def test_a_run_chooses_the_folders_of_its_export(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    assert load_config(recipe, ["export.folders=[image, joint]"]).export.folders == ["image", "joint"]
+    for names, message in (
+        ("[]", r"export\.folders: name one at least of image, text"),
+        ("[embed_imge]", r"export\.folders: 'embed_imge' is unknown; .*; did you mean embed_image\?"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(recipe, [f"export.folders={names}"])
+
+
+def test_folders_that_there_will_not_be_are_refused_when_a_run_begins(tmp_path: Path) -> None:
+    losses = ObjectivesConfig(contrastive=ContrastiveConfig(weight=0))
+    for whole_words in (False, True):
+        losses.masked_language.whole_words = whole_words
+        check_exportable(MODEL, VIEWS, tmp_path, None, losses, ["text/masked_lm", "joint"])
+    for names, message in (
+        (["image", "embed_image"], "no embed_image, since the run had no contrastive loss"),
+        (["image_text"], "no image_text, since the run had no contrastive loss"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            check_exportable(MODEL, VIEWS, tmp_path, None, losses, names)
+    with pytest.raises(ExportError, match="no embed_audio, since the encoder has no audio"):
+        check_exportable(MODEL, dataclasses.replace(VIEWS, audio=None), tmp_path, names=["embed_audio"])
+
+
+def test_a_folder_of_an_export_is_known_as_damaged(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(exported, out)
+    (out / "image" / "README.md").touch()
+    for name in ("image", "embed_text", "text/masked_lm"):
+        check_folder(out / name)
+    words = damage(out, "a byte")
+    with pytest.raises(ExportError, match=words):
+        check_folder(out / "embed_text")
+    (out / "text" / "masked_lm" / "config.json").unlink()
+    with pytest.raises(ExportError, match=r"text/masked_lm/config\.json: missing"):
+        check_folder(out / "text" / "masked_lm")
+    (out / "image" / "more.txt").write_text("mine")
+    check_folder(out / "image")
+    check_folder(tmp_path)
+    check_folder(Path("google/vit-base"))
+
+
+def test_a_checkpoint_may_lie_at_the_top_of_all_folders() -> None:
+    assert read_about(Path("/no_such_checkpoint")).step is None
+
+
 def test_other_sizes_of_images_are_interpolated_and_sounds_are_cut(tmp_path: Path) -> None:
     made = subject()
     larger = resized(made.encoder, image_size=32, audio_seconds=0.1)
@@ -300,6 +440,7 @@ def test_other_sizes_of_images_are_interpolated_and_sounds_are_cut(tmp_path: Pat
     longer = resized(made.encoder, audio_seconds=0.33)  # 33 frames, in whole patches 48
     got = longer.get_parameter("tokenizers.audio.positions")[2:].view(2, 3, -1)
     torch.testing.assert_close(got, resize_grid(grid, (2, 3)))
+    assert resized(made.encoder, audio_seconds=1e-9).get_parameter("tokenizers.audio.positions").shape == (2 + 2, 16)
     assert resized(made.encoder) is made.encoder
     assert resized(made.encoder, audio_seconds=0.32).views == made.encoder.views
 
@@ -375,6 +516,7 @@ def test_a_whole_export_is_pushed_to_a_private_repository(
     (_, made), (_, sent) = FakeHub.calls
     assert made == {"private": True, "exist_ok": True}
     assert (sent["repo_id"], sent["folder_path"]) == ("me/encoder", exported)
+    assert {"image/*", "text/*", "onnx/*"} < set(sent["delete_patterns"])  # nothing of an earlier one is left over
     with pytest.raises(ExportError, match=r"--push-to-hub encoder: a name needs an owner; the export is in"):
         push(exported, "encoder")
     with pytest.raises(ExportError, match="no whole export"):
@@ -453,3 +595,16 @@ def test_a_checkpoint_learned_with_the_sigmoid_loss_is_read_whole(tmp_path: Path
     assert bias.shape == ()
     assert bias.item() == objectives["contrastive.bias.image_text"].item()
     assert given.pairs == ["image_text", "image_audio", "text_audio"]
+
+
+def test_a_run_does_not_begin_with_a_damaged_export(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(exported, out)
+    weights = out / "image" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1  # it would load, without a word
+    weights.write_bytes(content)
+    assert run_main([str(write_recipe(tmp_path)), f"init_from.image={out / 'image'}"]) == 2
+    assert "copy: not the export that was written:\n  image/model.safetensors: damaged" in capsys.readouterr().err

@@ -167,6 +167,21 @@ def test_weights_that_the_file_lacks_are_named_and_nothing_is_copied(tmp_path: P
     assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
 
 
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    name = saved(stock("image"), tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:100], b"", b"\xff" + whole[1:], whole[:8] + b"[" + whole[9:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InitialError, match=rf"init_from\.image={tmp_path}: "):
+            load_initial(encoder(), {"image": name})
+    path.write_bytes(whole)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"image_size": 16', '"image_size": 24'))
+    with pytest.raises(InitialError, match=rf"init_from\.image={tmp_path}: "):
+        load_initial(encoder(), {"image": name})
+
+
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     image = saved(stock("image"), tmp_path / "image")
     ours: Encoder = encoder()

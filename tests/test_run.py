@@ -155,6 +155,7 @@ def test_a_run_from_shards_to_export_and_again(
     assert main([str(recipe)]) == 0
     shown = capsys.readouterr().out
     assert "resumed from" in shown
+    assert f"{out / 'export'} is whole and of this checkpoint: kept as it is" in shown
     assert "step 12/12" not in shown
     assert (out / "metrics.jsonl").read_text() == metrics
     assert json.loads((out / "eval" / "results.json").read_text()) == document

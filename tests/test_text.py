@@ -83,6 +83,26 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     assert loaded.padding_side == "right"
 
 
+def test_a_mask_takes_the_space_before_it(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    for each in (tokenizer(), load_tokenizer(tmp_path)):
+        before, after = (each(word, add_special_tokens=False)["input_ids"] for word in ("rain", "cat"))
+        expected = [each.cls_token_id, *before, each.mask_token_id, *after, each.sep_token_id]
+        for text in ("rain <mask> cat", "rain<mask> cat", "rain  <mask> cat"):
+            assert each(text)["input_ids"] == expected
+
+
+def test_a_tokenizer_that_was_saved_when_masks_left_the_space_loads_as_it_was(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    saved = path.read_text()
+    assert saved.count('"lstrip": true') == 1
+    path.write_text(saved.replace('"lstrip": true', '"lstrip": false'))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded(UNICODE + CAPTIONS)["input_ids"] == tokenizer()(UNICODE + CAPTIONS)["input_ids"]
+    assert len(loaded("rain <mask> cat")["input_ids"]) == len(tokenizer()("rain <mask> cat")["input_ids"]) + 1
+
+
 END = "<|endoftext|>"
 
 

@@ -5,7 +5,8 @@ A new one is a line in ``FOLDERS``.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,17 @@ from pretrain.exports import streams
 from pretrain.exports.image_text import image_text_model
 from pretrain.exports.joint import joint_model, save_code
 from pretrain.exports.sentences import save_sentence_layout
-from pretrain.exports.subject import Subject
+from pretrain.exports.subject import ExportError, Subject
 from pretrain.model.layers import LAYER_NORM_EPS
 
 # Modality -> the names under which stock models take its input.
 INPUTS = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask"), "audio": ("input_values",)}
+# Modality -> what writes the processor that makes them.
+PROCESSORS = {
+    "image": streams.save_image_processor,
+    "text": streams.save_tokenizer,
+    "audio": streams.save_feature_extractor,
+}
 
 
 class Call(NamedTuple):
@@ -71,6 +78,7 @@ class Folder(NamedTuple):
         expected: what the loaded model must give, in float64.
         absent: why this subject has no such folder; None where it has.
         about: what it is, for its card.
+        reads_beside: whether its inputs are made by the processors in the folders of the streams.
     """
 
     build: Callable[[Subject], Any]
@@ -79,6 +87,7 @@ class Folder(NamedTuple):
     expected: Callable[[Seen], list[Call]]
     absent: Callable[[Subject], str | None]
     about: str
+    reads_beside: bool = False
 
     def write(self, subject: Subject, folder: Path) -> None:
         """Weights in safetensors, config and processors, into an existing folder."""
@@ -249,13 +258,48 @@ FOLDERS: dict[str, Folder] = {
         _single,
         "The whole encoder, several modalities as one sequence, for those who choose `trust_remote_code`: all its "
         "code is `modeling_triptych.py` beside its weights.",
+        reads_beside=True,
     ),
 }
 
 
-def folders_of(subject: Subject) -> dict[str, Folder]:
-    """Those that a subject has."""
-    return {name: folder for name, folder in FOLDERS.items() if folder.absent(subject) is None}
+@dataclasses.dataclass
+class ExportConfig:
+    """The export at a run's end."""
+
+    folders: list[str] | None = None
+    """Which folders it has, such as [image, embed_image]; each holds weights of its own. joint brings image, text and
+    audio, whose processors it needs. null: all that there can be."""
+
+    def __post_init__(self) -> None:
+        check_names("export.folders", self.folders)
+
+
+def check_names(setting: str, names: Sequence[str] | None) -> None:
+    """Raises ExportError where ``names``, given by ``setting``, are no folders of exports."""
+    if names is not None and not names:
+        raise ExportError(f"{setting}: name one at least of {', '.join(FOLDERS)}")
+    for name in names or ():
+        if name not in FOLDERS:
+            near = difflib.get_close_matches(name, FOLDERS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ExportError(f"{setting}: {name!r} is unknown; allowed are {', '.join(FOLDERS)}{hint}")
+
+
+def folders_of(subject: Subject, names: Sequence[str] | None = None) -> dict[str, Folder]:
+    """The folders that a subject has, or those of them that are named and what they need.
+
+    Raises:
+        ExportError: one is named that this subject has not.
+    """
+    found = {name: folder for name, folder in FOLDERS.items() if folder.absent(subject) is None}
+    if names is None:
+        return found
+    for name in names:
+        if name not in found:
+            raise ExportError(f"folders: there can be no {name}, since {FOLDERS[name].absent(subject)}")
+    beside = subject.modalities if any(found[name].reads_beside for name in names) else []
+    return {name: folder for name, folder in found.items() if name in {*names, *beside}}
 
 
 def absent_of(subject: Subject) -> dict[str, str]:

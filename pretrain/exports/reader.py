@@ -34,7 +34,7 @@ def read(task: Path, loaders: Mapping[str, Any] | None = None) -> None:
     inputs = {name.removeprefix("read."): value for name, value in tensors.items() if name.startswith("read.")}
     raw = {name.removeprefix("raw."): value for name, value in tensors.items() if name.startswith("raw.")}
     texts = json.loads((task / "texts.json").read_text())
-    outputs = {f"processed|{name}": value for name, value in process(export, asked["modalities"], raw, texts).items()}
+    outputs = {f"processed|{name}": value for name, value in process(export, asked["processors"], raw, texts).items()}
     report = {}
     for name, spec in asked["folders"].items():
         loader = (loaders or {}).get(name) or getattr(transformers, spec["auto"])
@@ -52,20 +52,20 @@ def read(task: Path, loaders: Mapping[str, Any] | None = None) -> None:
     (task / "report.json").write_text(json.dumps({"transformers": transformers.__version__, "folders": report}))
 
 
-def process(export: Path, modalities: list[str], raw: dict[str, Tensor], texts: list[str]) -> dict[str, Tensor]:
-    """Raw samples through the processors of the export."""
+def process(export: Path, folders: dict[str, str], raw: dict[str, Tensor], texts: list[str]) -> dict[str, Tensor]:
+    """Raw samples through the processors of the export; ``folders``: modality -> the folder that has its own."""
     made: dict[str, Tensor] = {}
-    if "image" in modalities:
-        processor = transformers.AutoImageProcessor.from_pretrained(export / "image")
+    if "image" in folders:
+        processor = transformers.AutoImageProcessor.from_pretrained(export / folders["image"])
         images = [Image.fromarray(raw[name].numpy()) for name in sorted(raw) if name.startswith("image.")]
         made["pixel_values"] = processor(images, return_tensors="pt")["pixel_values"]
-    if "text" in modalities:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(export / "text")
+    if "text" in folders:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(export / folders["text"])
         options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_tensors": "pt"}
         encoded = tokenizer(texts, **options)
         made |= {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    if "audio" in modalities:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(export / "audio")
+    if "audio" in folders:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(export / folders["audio"])
         sounds = [raw[name].numpy() for name in sorted(raw) if name.startswith("audio.")]
         made["input_values"] = extractor(sounds, sampling_rate=16000, return_tensors="pt")["input_values"]
     return made

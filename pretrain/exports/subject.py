@@ -115,7 +115,7 @@ def resized(encoder: Encoder, image_size: int | None = None, audio_seconds: floa
         if not 0 < audio_seconds < math.inf:
             raise ExportError(f"--audio-seconds {audio_seconds}: allowed is above 0")
         # Rounded first: 0.16 s are 16 frames and not 16.000000000000004.
-        patches = math.ceil(round(audio_seconds * FRAMES_PER_SECOND, 6) / config.audio_patch)
+        patches = max(1, math.ceil(round(audio_seconds * FRAMES_PER_SECOND, 6) / config.audio_patch))
         # The mask is training's, and may not be longer than the view.
         views = replace(views, audio=replace(views.audio, frames=patches * config.audio_patch, time_mask=0))
     if views == encoder.views:

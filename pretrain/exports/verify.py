@@ -22,7 +22,7 @@ from data.decode import Waveform
 from data.source import SampleError, Source
 from data.transforms import FRAME, SAMPLE_RATE, Views
 from pretrain.exports import reader
-from pretrain.exports.folders import INPUTS, Folder, see
+from pretrain.exports.folders import INPUTS, PROCESSORS, Folder, see
 from pretrain.exports.modeling_triptych import TriptychModel
 from pretrain.exports.subject import ExportError, Subject
 
@@ -154,7 +154,7 @@ def verify(
         task = Path(name)
         asked = {
             "export": str(out.resolve()),
-            "modalities": subject.modalities,
+            "processors": _processors(folders),
             "folders": {
                 name: {
                     "auto": folder.loads,
@@ -179,6 +179,8 @@ def verify(
         if problems := {key: found[key] for key in reader.KEYS if found[key]}:
             raise ExportError(f"{out / name}: the saved model does not load whole: {problems}")
     for key, value in read.items():
+        if f"processed|{key}" not in got:  # no folder that was chosen reads it
+            continue
         difference = _difference(got[f"processed|{key}"], value)
         if not difference <= PROCESSED[key]:
             raise ExportError(
@@ -206,6 +208,15 @@ def _tolerance(subject: Subject, name: str) -> float:
         # The one folder whose weights are computed, and rounded after that; its logits are up to 100 times a cosine.
         return 500 * torch.finfo(subject.dtype).eps
     return TOLERANCE
+
+
+def _processors(folders: Mapping[str, Folder]) -> dict[str, str]:
+    """Modality -> the first folder that has its processor."""
+    holders = {
+        modality: [name for name, folder in folders.items() if write in folder.processors]
+        for modality, write in PROCESSORS.items()
+    }
+    return {modality: names[0] for modality, names in holders.items() if names}
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
