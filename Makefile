@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test clean
+.PHONY: help install demo test docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
@@ -28,8 +28,11 @@ test: $(INSTALLED) ## Style, types, import directions and tests, with coverage
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m "not slow" --cov --cov-report=term
 
-clean: ## Remove the environment, built shards and runs
-	rm -rf .venv shards runs
+docs: $(INSTALLED) ## Build the documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean: ## Remove the environments, built shards, runs and documentation
+	rm -rf .venv shards runs site
 
 # One process; spelt out, the launcher has nothing to warn about, and quiet, it adds no traceback to our messages.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

@@ -103,8 +103,8 @@ def explain(key: str = "") -> str:
         ConfigError: there is no such key; suggests another.
     """
     setting = _find(key)
-    default = "" if setting.section is not None else _default(setting)
-    parts = [f"{key or 'settings'}: {_kind(setting.hint)}{default and f', default {default}'}"]
+    default = "" if setting.section is not None else default_of(setting)
+    parts = [f"{key or 'settings'}: {kind_of(setting.hint)}{default and f', default {default}'}"]
     parts.append(_wrap(setting.doc, "    ", "    "))
     below = setting.children()
     if setting.named:
@@ -114,7 +114,7 @@ def explain(key: str = "") -> str:
     width = max((len(each.key) for each in below), default=0)
     for each in below:
         sentence = each.doc.partition(". ")[0].removesuffix(".") + "."
-        if each.section is None and (default := _default(each)):
+        if each.section is None and (default := default_of(each)):
             sentence += f" Default: {default}"
         parts.append(_wrap(sentence, f"{each.key:{width}}  ", " " * (width + 2)))
     return "\n".join(parts) + "\n"
@@ -168,21 +168,21 @@ def _class_doc(cls: Any) -> str:
     return " ".join((inspect.getdoc(cls) or "").split()) if is_dataclass(cls) else ""
 
 
-def _default(setting: Setting) -> str:
+def default_of(setting: Setting) -> str:
     """As YAML; empty if there is none."""
     none = setting.default is None and NoneType not in get_args(setting.hint)
     return "" if none else flow(setting.default)
 
 
-def _kind(hint: Any) -> str:
+def kind_of(hint: Any) -> str:
     """A type in words."""
     parts = get_args(hint)
     if get_origin(hint) is dict:
-        return f"{_kind(parts[1])} for each name of your choice"
+        return f"{kind_of(parts[1])} for each name of your choice"
     if get_origin(hint) is list:
-        return f"list of {_kind(parts[0])}"
+        return f"list of {kind_of(parts[0])}"
     if parts:
-        return " or ".join(_kind(part) for part in parts)
+        return " or ".join(kind_of(part) for part in parts)
     if hint is NoneType:
         return "null"
     return "section" if is_dataclass(hint) else str(hint.__name__)
