@@ -81,6 +81,8 @@ def _run(arguments: argparse.Namespace) -> None:
     lacking = [name for name in wanted if arguments.tasks and name in TASKS and TASKS[name].labels]
     if arguments.tasks and "zeroshot" in wanted and not classes:
         raise EvaluationError("--tasks zeroshot needs --classes, or --prompts with classes")
+    if arguments.workers < 0:
+        raise EvaluationError(f"--workers {arguments.workers}: 0 or more is allowed")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)  # what can't be written should show now
     if lacking and arguments.label is None:

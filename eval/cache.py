@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-SCHEMA = 1
+SCHEMA = 2
 _HEAD = "head.json"
 
 
@@ -111,6 +111,8 @@ class Cache:
             head = json.loads((folder / _HEAD).read_text())
             if head["schema"] != SCHEMA:
                 raise ValueError(f"schema {head['schema']}; this version reads {SCHEMA}")
+            if head["sha256"] != _digest(head["files"], head["about"]):
+                raise ValueError(f"{_HEAD} changed since")
             if verify and (changed := [name for name, was in head["files"].items() if _stamp(folder / name) != was]):
                 raise ValueError(f"{', '.join(changed)} changed since")
             arrays = {
@@ -119,14 +121,18 @@ class Cache:
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{folder}: damaged, made again: {error}", flush=True)
-            shutil.rmtree(folder)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
             return None
         return Entry(arrays, head["about"])
 
     def seal(self, key: str, made: Path, about: Mapping[str, Any]) -> None:
         """Give the arrays in ``made`` their name; ``about`` is kept with them."""
         files = {path.name: _stamp(path) for path in sorted(made.glob("*.npy"))}
-        (made / _HEAD).write_text(json.dumps({"schema": SCHEMA, "files": files, "about": about}, indent=2) + "\n")
+        head = {"schema": SCHEMA, "sha256": _digest(files, about), "files": files, "about": about}
+        (made / _HEAD).write_text(json.dumps(head, indent=2) + "\n")
         made.rename(self.folder / key)
 
 
@@ -147,6 +153,11 @@ def interleave(parts: Iterable[tuple[Path, Iterable[tuple[int, str, int]]]], mad
     with RowWriter(made) as writer:
         for _, name, rows_there in sorted(blocks, key=lambda block: block[:2]):
             writer.add(name, rows_there)
+
+
+def _digest(files: Any, about: Any) -> str:
+    """Hex sha256 of what the head says."""
+    return hashlib.sha256(json.dumps([files, about], sort_keys=True).encode()).hexdigest()
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.index import write_whole
-from eval.metrics import percentiles, resamples
+from eval.metrics import percentiles, resampled_means
 from eval.panel import instances
 
 SCHEMA = 2
@@ -39,6 +39,11 @@ class Difference(NamedTuple):
     value: float
     interval: tuple[float, float] | None
     ahead: float | None
+
+    @classmethod
+    def of(cls, value: float, means: Tensor) -> "Difference":
+        """That of ``value``, from what it is in each resample: ``means`` (B,)."""
+        return cls(value, percentiles(means), (means > 0).double().mean().item())
 
     @property
     def verdict(self) -> str:
@@ -118,16 +123,14 @@ def paired_bootstrap(
         raise ValueError(f"samples must be at least 1, got {samples}")
     if groups is not None and groups.shape != a.shape:
         raise ValueError(f"groups must be {tuple(a.shape)} like a and b, got {tuple(groups.shape)}")
-    difference = (a.double() - b.double()).cpu()
-    broken = int((~difference.isfinite()).sum())
+    by_row = (a.double() - b.double()).cpu()
+    broken = int((~by_row.isfinite()).sum())
     if broken:
         raise ValueError(f"a and b must be finite, got NaN or infinity in {broken} of {len(a)} rows")
-    value = difference.mean().item()
+    value = by_row.mean().item()
     if len(a if groups is None else torch.unique(groups)) < 2:
         return Difference(value, None, None)
-    drawn = resamples(len(a), groups, samples, seed)
-    means = torch.cat([weights @ difference / weights.sum(1) for weights in drawn])
-    return Difference(value, percentiles(means), (means > 0).double().mean().item())
+    return Difference.of(value, resampled_means(by_row[:, None], groups, samples, seed)[:, 0])
 
 
 def compare(folders: Sequence[Path], samples: int = 1000) -> Comparison:
@@ -333,6 +336,8 @@ def _read_scores(path: Path) -> dict[str, _Scores]:
         if scores.ndim != 1 or not scores.shape == rows.shape == content.shape:
             shapes = [tuple(t.shape) for t in (scores, rows, content)]
             raise CompareError(f"{path}: {task}: correct, rows and content must have one shape (n,), got {shapes}")
+        if rows.dtype != torch.int64 or content.dtype != torch.int64:
+            raise CompareError(f"{path}: {task}: rows and content must be int64, got {rows.dtype} and {content.dtype}")
         scores = scores.double()
         if not scores.isfinite().all():
             raise CompareError(f"{path}: {task}.correct must be finite, got NaN or infinity")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.compare import Difference, aligned, difference_cells, paired_bootstrap
+from eval.compare import Difference
 from eval.linear import DEFAULT_STRENGTHS, Split, linear_probe, standardise
-from eval.metrics import ProbeResult, accuracy, bootstrap_interval
+from eval.metrics import ProbeResult, accuracy, percentiles, resampled_means
 from eval.ridge import ridge_probe
 
 
@@ -50,8 +50,8 @@ class Fused(NamedTuple):
 
     Attributes:
         top1: accuracy, a fraction in [0, 1].
-        interval: its 95 % interval; None with fewer than two groups.
-        predicted: (n,) int64 label ids.
+        interval: its 95 % interval; None with fewer than two groups, or where none was asked for.
+        predicted: (n,) int64 label ids, on the CPU.
         gain: how far a fusion is ahead of the best single modality, paired; None for single modalities.
         chosen: what validation chose: ``strength``, ``val_top1`` and ``weights`` (modality -> share), where there is a
             choice.
@@ -65,7 +65,7 @@ class Fused(NamedTuple):
 
 
 class Fusion(NamedTuple):
-    """Outcome of ``fuse``.
+    """Outcome of ``fuse``; its tensors are on the CPU.
 
     Attributes:
         methods: modality or fusion -> its outcome, with all modalities at hand.
@@ -142,12 +142,18 @@ ANY_WIDTHS = ("concat",)
 
 
 def fuse(
-    train: FusionSplit, val: FusionSplit, test: FusionSplit, *, strengths: Sequence[float] = DEFAULT_STRENGTHS
+    train: FusionSplit,
+    val: FusionSplit,
+    test: FusionSplit,
+    *,
+    strengths: Sequence[float] = DEFAULT_STRENGTHS,
+    samples: int = 1000,
 ) -> Fusion:
     """Linear probes of each modality alone and of every fusion of them, on the rows that have all modalities.
 
     Features of a modality are standardised by its training statistics before they are fused. Each matrix is then
-    classified by ``linear_probe``, which chooses one of ``strengths`` on ``val`` and refits on train + val.
+    classified by ``linear_probe``, which chooses one of ``strengths`` on ``val`` and refits on train + val. Of fusions
+    only those from a tenth of the weakest one that a modality alone has chosen: weak penalties take most of the time.
 
     - each modality alone, under its name;
     - ``concat``, ``mean``, ``max``, ``relu_product``: see the functions. All but ``concat`` need equal widths;
@@ -163,8 +169,8 @@ def fuse(
     which is 0 once standardised (so a product with it is 0, too); ``probability_mean`` and ``vote`` leave it out;
     ``joint`` takes the features of a joint pass without it, where given.
 
-    ``test`` takes no part in any choice. Each interval holds for itself: of many fusions, one in twenty that don't
-    help may look as if it did, or hurt.
+    ``test`` takes no part in any choice. Intervals, of accuracies and gains, are from the same ``samples`` resamples,
+    none with 0. Each holds for itself: of many fusions, one in twenty that don't help may look as if it did, or hurt.
 
     Raises:
         ValueError: fewer than two modalities, or others in another split; several labels per row; rows that are not
@@ -180,11 +186,13 @@ def fuse(
     seen, labels = complete["test"], [split.labels for split in complete.values()]
     parts = _standardised(complete.values(), names)  # of train, val and test, each M of (n, D)
 
-    def probe(matrices: Sequence[Tensor]) -> ProbeResult:
+    def probe(matrices: Sequence[Tensor], weakest: float = 0.0) -> ProbeResult:
         fitted, held_out, scored = (Split(x, y) for x, y in zip(matrices, labels, strict=True))
-        return linear_probe(fitted, held_out, scored, strengths=strengths, samples=0)
+        tried = [strength for strength in strengths if strength >= weakest]
+        return linear_probe(fitted, held_out, scored, strengths=tried, samples=0)
 
     singles = {name: probe([split[i] for split in parts]) for i, name in enumerate(names)}
+    weakest = min(single.strength for single in singles.values()) / 20  # a tenth, whatever rounding makes of it
     functions, skipped = dict(FEATURE_FUSIONS), dict[str, str]()
     chosen: dict[str, dict[str, Any]] = {}
     widths = [x.shape[1] for x in parts[0]]
@@ -197,9 +205,9 @@ def fuse(
         unequal = [*(name for name in functions if name not in ANY_WIDTHS), "weighted"]
         skipped = dict.fromkeys(unequal, f"needs equal widths, got {got}")
         functions = {name: functions[name] for name in ANY_WIDTHS}
-    probes = {name: probe([function(split) for split in parts]) for name, function in functions.items()}
+    probes = {name: probe([function(split) for split in parts], weakest) for name, function in functions.items()}
     if has_joint:
-        probes["joint"] = probe([split.joint for split in complete.values() if split.joint is not None])
+        probes["joint"] = probe([split.joint for split in complete.values() if split.joint is not None], weakest)
         without = [name for name in names if name not in seen.joint_without]
         skipped |= {f"joint without {name}": "no features of such a joint pass" for name in without}
     else:
@@ -210,7 +218,7 @@ def fuse(
     order = sorted(names, key=lambda name: -singles[name].val_top1)  # stable: of equals the first
     probabilities = [singles[name].classifier.scores(x).softmax(1) for name, x in zip(names, parts[2], strict=True)]
     classes = singles[names[0]].classifier.classes
-    outcomes = {}
+    predicted: dict[str | None, dict[str, Tensor]] = {}
     for missing in (None, *names):
         there = [i for i, name in enumerate(names) if name != missing]
         found = {names[i]: singles[names[i]].predicted for i in there}
@@ -222,16 +230,16 @@ def fuse(
         joint = seen.joint if missing is None else seen.joint_without.get(missing)
         if joint is not None:
             found["joint"] = probes["joint"].classifier.predict(joint)
-        best = next(name for name in order if name != missing)
-        outcomes[missing] = _outcomes(found, best, names, seen, chosen)
+        predicted[missing] = {name: each.cpu() for name, each in found.items()}
+    outcomes = _outcomes(predicted, order, seen, chosen, samples)
     return Fusion(
         methods=outcomes.pop(None),
         missing={name: outcomes[name] for name in names},
         order=order,
         skipped=skipped,
-        rows=seen.rows,
-        labels=seen.labels,
-        groups=seen.groups,
+        rows=seen.rows.cpu(),
+        labels=seen.labels.cpu(),
+        groups=seen.groups.cpu(),
         left_out={name: split.left_out for name, split in complete.items()},
     )
 
@@ -268,42 +276,45 @@ def vote(probabilities: Tensor) -> Tensor:
     return (votes + probabilities.mean(0) / 2).argmax(1)
 
 
-def table(fusion: Fusion) -> str:
-    """Every method beside the best single modality, with everything at hand and with one modality missing."""
-    header = ("at test", "method", "top1", "95 % interval", "gain", "95 % interval", "ahead in", "fusing")
-    lines: list[tuple[str, ...]] = [header]
-    words = {"ahead": "helps", "behind": "hurts", "unclear": "unclear"}
-    for setting, methods in (("all", fusion.methods), *((f"no {name}", m) for name, m in fusion.missing.items())):
-        for name, fused in methods.items():
-            interval = "" if fused.interval is None else "{:.1f} .. {:.1f}".format(*(100 * x for x in fused.interval))
-            gain = (
-                ("", "", "", "") if fused.gain is None else (*difference_cells(fused.gain), words[fused.gain.verdict])
-            )
-            lines.append((setting, name, f"{100 * fused.top1:.1f}", interval, *gain))
-    notes = [
-        f"gain: over the best single modality at hand, in points; on validation they rank {' > '.join(fusion.order)}",
-        f"{len(fusion.rows)} test samples in {len(torch.unique(fusion.groups))} groups; left out for want of a "
-        "modality: " + ", ".join(f"{count} of {split}" for split, count in fusion.left_out.items()),
-        *(f"{name}: left out, {reason}" for name, reason in fusion.skipped.items()),
-    ]
-    return "\n".join([aligned(lines, left=(0, 1, 7)), *notes])
-
-
 def _outcomes(
-    predicted: Mapping[str, Tensor], best: str, singles: Sequence[str], seen: _Complete, chosen: dict[str, Any]
-) -> dict[str, Fused]:
-    """Every method's predictions (n,) scored, those that are no single modality beside the ``best`` of them."""
-    right = {name: (labels == seen.labels).double() for name, labels in predicted.items()}
-    several = len(torch.unique(seen.groups)) > 1
+    predicted: Mapping[str | None, Mapping[str, Tensor]],
+    order: Sequence[str],
+    seen: _Complete,
+    chosen: dict[str, Any],
+    samples: int,
+) -> dict[str | None, dict[str, Fused]]:
+    """What is missing -> method -> its predictions (n,) scored, fusions beside the first of ``order`` that is there."""
+    labels, groups = seen.labels.cpu(), seen.groups.cpu()
+    columns: dict[tuple[str | None, str, bool], Tensor] = {}  # (.., False): right or not; (.., True): less the best's
+    for missing, found in predicted.items():
+        right = {name: (each == labels).double() for name, each in found.items()}
+        best = right[next(name for name in order if name != missing)]
+        columns |= {(missing, name, False): each for name, each in right.items()}
+        columns |= {(missing, name, True): each - best for name, each in right.items() if name not in order}
+    drawn: dict[tuple[str | None, str, bool], Tensor] = {}
+    if samples and len(torch.unique(groups)) > 1:
+        means = resampled_means(torch.stack([*columns.values()], 1), groups, samples, seed=0)
+        drawn = dict(zip(columns, means.T, strict=True))
+
+    def gain(missing: str | None, name: str) -> Difference | None:
+        key = (missing, name, True)
+        if key not in columns:
+            return None
+        value = columns[key].mean().item()
+        return Difference.of(value, drawn[key]) if key in drawn else Difference(value, None, None)
+
     return {
-        name: Fused(
-            top1=accuracy(labels, seen.labels),
-            interval=bootstrap_interval(right[name], groups=seen.groups) if several else None,
-            predicted=labels,
-            gain=None if name in singles else paired_bootstrap(right[name], right[best], groups=seen.groups),
-            chosen=chosen.get(name, {}),
-        )
-        for name, labels in predicted.items()
+        missing: {
+            name: Fused(
+                top1=accuracy(each, labels),
+                interval=percentiles(drawn[missing, name, False]) if drawn else None,
+                predicted=each,
+                gain=gain(missing, name),
+                chosen=chosen.get(name, {}),
+            )
+            for name, each in found.items()
+        }
+        for missing, found in predicted.items()
     }
 
 

@@ -102,8 +102,9 @@ def _row(row: Row, family: Family, again: bool) -> str:
     for key in family.baselines:
         value = row.text(row.baselines[key]) if key in row.baselines else ""
         cells.append(f'<td class="number" data-label="{escape(BASELINES.get(key, key))}">{value}</td>')
-    kind = "clear" if row.verdict == "yes" else "reached"
-    cells.append(f'<td class="{kind}" data-label="clear of baselines">{escape(row.verdict)}</td>')
+    kind = {"yes": "clear", "fusing: helps": "clear", "fusing: unclear": "open"}.get(row.verdict, "reached")
+    label = "" if row.metric == "gain" else "clear of baselines"
+    cells.append(f'<td class="{kind}" data-label="{label}">{escape(row.verdict)}</td>')
     head = '<th scope="row" class="again">' if again else '<th scope="row">'
     return f"<tr>{head}{escape(row.variant)}</th>{''.join(cells)}</tr>"
 

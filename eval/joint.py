@@ -14,22 +14,22 @@ from pretrain.model.encoder import Encoder
 
 
 def joint_features(
-    encoder: Encoder,
+    encoders: Sequence[Encoder],
     tokenizer: PreTrainedTokenizerBase | None,
     source: Source,
     sets: Sequence[Sequence[str]],
     device: torch.device,
     batch_size: int,
     workers: int,
-) -> list[Part]:
-    """Of the samples that have all of the encoder's modalities; the split is read once.
+) -> list[list[Part]]:
+    """Of the samples that have all of the encoders' modalities; the split is read once.
 
     A modality's share in a joint pass is pooled as it is alone, and all are put side by side in its place; that of one
     which is left out is zeros.
 
     Args:
-        encoder: moved to ``device`` and put into evaluation mode.
-        tokenizer: the one that it was trained with.
+        encoders: of one architecture and with the same views; moved to ``device`` and put into evaluation mode.
+        tokenizer: the one that they were trained with.
         source: the split.
         sets: of modalities; each makes a pass of its own.
         device: where the encoder runs.
@@ -37,15 +37,17 @@ def joint_features(
         workers: processes that read ahead; 0 reads in this one.
 
     Returns:
-        for each of ``sets``: features (n, M * D) float32, M the number of the encoder's modalities, and rows.
+        per encoder, for each of ``sets``: features (n, M * D) float32 on the CPU, M the number of modalities, and rows.
     """
-    encoder = encoder.to(device).eval()
-    on_device, names = OnDevice(encoder.views).to(device), list(encoder.views.used)
-    found: list[list[torch.Tensor]] = [[] for _ in sets]
+    for encoder in encoders:
+        encoder.to(device).eval()
+    views, width = encoders[0].views, encoders[0].config.width
+    on_device, names = OnDevice(views).to(device), list(views.used)
+    found: list[list[list[torch.Tensor]]] = [[[] for _ in sets] for _ in encoders]
     rows: list[torch.Tensor] = []
     first = 0
     reading: Any = tokenizer  # None only where no view is of text
-    for batch in Pass(source, encoder.views, reading, batch_size).batches(workers):
+    for batch in Pass(source, views, reading, batch_size).batches(workers):
         fields = on_device(batch.to(device)).fields
         has = torch.zeros(batch.size, dtype=torch.int64)
         for each in fields.values():
@@ -55,14 +57,14 @@ def joint_features(
             chosen = {
                 name: each.select(torch.isin(each.rows, complete).nonzero()[:, 0]) for name, each in fields.items()
             }
-            for wanted, parts in zip(sets, found, strict=True):
-                with torch.inference_mode():
-                    states = encoder.trunk({name: encoder.tokens(name, chosen[name]) for name in wanted})
-                    pooled = {name: encoder.pool(name, each) for name, each in states.items()}
-                zeros = torch.zeros(len(complete), encoder.config.width)
-                parts.append(torch.cat([pooled[n].float().cpu() if n in pooled else zeros for n in names], dim=1))
+            zeros = torch.zeros(len(complete), width)
+            for encoder, of_encoder in zip(encoders, found, strict=True):
+                for wanted, parts in zip(sets, of_encoder, strict=True):
+                    with torch.inference_mode():
+                        states = encoder.trunk({name: encoder.tokens(name, chosen[name]) for name in wanted})
+                        pooled = {name: encoder.pool(name, each) for name, each in states.items()}
+                    parts.append(torch.cat([pooled[n].float().cpu() if n in pooled else zeros for n in names], dim=1))
             rows.append(complete + first)
         first += batch.size
-    width = len(names) * encoder.config.width
-    places = torch.cat([torch.zeros(0, dtype=torch.int64), *rows])
-    return [Part(torch.cat([torch.zeros(0, width), *parts]), places) for parts in found]
+    places, nothing = torch.cat([torch.zeros(0, dtype=torch.int64), *rows]), torch.zeros(0, len(names) * width)
+    return [[Part(torch.cat([nothing, *parts]), places) for parts in of_encoder] for of_encoder in found]

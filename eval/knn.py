@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from eval.linear import Split, checked
-from eval.metrics import ProbeResult, accuracy, classification
+from eval.metrics import ProbeResult, Ranked, accuracy, of_ranked, ranked
 from eval.zeroshot import unit_rows
 
 NEIGHBOURS = (10, 20, 100, 200)
 """Of Wu et al. 2018 and DINO: how many may vote."""
+_AT_ONCE = 2**26
+"""Cosines and votes, 512 MB, that are held at a time; of very many training rows or classes fewer rows are compared."""
 
 
 class KnnResult(NamedTuple):
@@ -34,7 +36,8 @@ def knn(train: Split, test: Split, k: int = 20, temperature: float = 0.07, chunk
 
     A neighbour at cosine c votes for its class with exp(c / temperature). Of train rows at the same cosine as the k-th
     any may vote; of classes with equal votes the lowest id wins. A test row of a class that train lacks counts as
-    wrong. ``chunk`` test rows are compared at a time, in memory of chunk * (train rows + classes) float64.
+    wrong. At most ``chunk`` test rows are compared at a time, in memory of chunk * (train rows + classes) float64, and
+    fewer where that is more than 512 MB.
 
     Source: Wu et al. 2018, Unsupervised Feature Learning via Non-Parametric Instance Discrimination, section 3.4.
 
@@ -47,7 +50,7 @@ def knn(train: Split, test: Split, k: int = 20, temperature: float = 0.07, chunk
         raise ValueError(f"k and chunk must be at least 1, got k={k} and chunk={chunk}")
     train, test = checked("train", train), checked("test", test)
     k = min(k, len(train.y))
-    predicted = _predicted(_votes(train, test, "test", [k], temperature, chunk)[k], train)
+    predicted = _ranked(train, test, "test", [k], temperature, chunk)[k].top
     return KnnResult(accuracy(predicted, test.y), k, predicted)
 
 
@@ -83,16 +86,13 @@ def knn_probe(
     train, val, test = checked("train", train), checked("val", val), checked("test", test)
     fitting = sorted({k for k in ks if k <= len(train.y)}) or [len(train.y)]
     on_val = {
-        k: accuracy(_predicted(votes, train), val.y)
-        for k, votes in _votes(train, val, "val", fitting, temperature, chunk).items()
+        k: accuracy(voted.top, val.y) for k, voted in _ranked(train, val, "val", fitting, temperature, chunk).items()
     }
     best = max(on_val, key=lambda k: (on_val[k], -k))
-    on_test = _votes(train, test, "test", fitting, temperature, chunk)
-    classes = torch.unique(train.y)
-    found = {
-        k: classification(votes.log(), test.y, classes, groups=content, samples=samples) for k, votes in on_test.items()
-    }
-    predicted = _predicted(on_test[best], train)
+    on_test = _ranked(train, test, "test", fitting, temperature, chunk)
+    classes = len(torch.unique(train.y))
+    found = {k: of_ranked(voted, test.y, classes, groups=content, samples=samples) for k, voted in on_test.items()}
+    predicted = on_test[best].top
     return ProbeResult(
         metrics={**found[best], **{f"top1_k{k}": metrics["top1"] for k, metrics in found.items()}},
         chosen={"k": best, "val_top1": on_val[best]},
@@ -101,12 +101,12 @@ def knn_probe(
     )
 
 
-def _votes(
+def _ranked(
     train: Split, queries: Split, name: str, ks: Sequence[int], temperature: float, chunk: int
-) -> dict[int, Tensor]:
-    """For each k, at most the train rows, the votes (N, C) of ``queries``, called ``name``, for the classes of train.
+) -> dict[int, Ranked]:
+    """For each k, at most the train rows, what comes of the votes for ``queries``, called ``name``.
 
-    They are divided by that of the nearest neighbour.
+    The votes of all queries for all classes are never held: of each chunk only its outcome is.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
@@ -114,17 +114,14 @@ def _votes(
         raise ValueError(f"{name} must have the {train.x.shape[1]} features of train, got {queries.x.shape[1]}")
     classes, y = torch.unique(train.y, return_inverse=True)
     train_units, units = unit_rows(train.x, "train"), unit_rows(queries.x, name)
-    votes = {k: units.new_zeros(len(units), len(classes)) for k in ks}
-    for start in range(0, len(units), chunk):
-        rows = slice(start, start + chunk)
-        cosines, neighbours = (units[rows] @ train_units.T).topk(max(ks))  # nearest first
+    chunk = max(1, min(chunk, _AT_ONCE // (len(train_units) + len(classes))))
+    parts: dict[int, list[Ranked]] = {k: [] for k in ks}
+    for some, labels in zip(torch.split(units, chunk), torch.split(queries.y, chunk), strict=True):
+        cosines, neighbours = (some @ train_units.T).topk(max(ks))  # nearest first
         weights = ((cosines - cosines[:, :1]) / temperature).exp()  # a common factor keeps exp from overflowing
-        for k, cast in votes.items():
-            cast[rows].scatter_add_(1, y[neighbours[:, :k]], weights[:, :k])
-    return votes
-
-
-def _predicted(votes: Tensor, train: Split) -> Tensor:
-    """The class with most of the ``votes`` (N, C), as its label id (N,)."""
-    labels: Tensor = torch.unique(train.y)[votes.argmax(1)]
-    return labels
+        for k, found in parts.items():
+            votes = units.new_zeros(len(some), len(classes))
+            votes.scatter_add_(1, y[neighbours[:, :k]], weights[:, :k])
+            votes.masked_fill_(votes == 0, -math.inf)  # without a vote it is in no top 5
+            found.append(ranked(votes, labels, classes))
+    return {k: Ranked(*(torch.cat(each) for each in zip(*found, strict=True))) for k, found in parts.items()}

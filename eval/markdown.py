@@ -9,13 +9,18 @@ BASELINES = {"random_init": "random encoder", "raw": "raw input", "majority": "m
 
 INTRODUCTION = (
     "Shares are in per cent. Intervals are 95 % bootstrap intervals over distinct inputs. A result is called clear of "
-    "its baselines where its whole interval lies above all of them; that they are uncertain, too, is not counted in."
+    "its baselines where its whole interval lies above all of them; that they are uncertain, too, is not counted in. "
+    "A gain is how many points a fusion is ahead of the best single modality at hand, the best on validation samples; "
+    "fusing helps or hurts where the whole interval of the gain says so."
 )
 
 # Metrics that are shares of 0 .. 1, the more the better, whatever is said around them: top1, r10, shots_5/top1.
 _SHARE = re.compile(
     r"(?:^|[^a-z0-9])(?:top\d+|r\d+|mean_per_class|precision|recall|f1|map|auc|accuracy)(?:$|[^a-z0-9])"
 )
+# Differences and deviations of such shares, in points; of those that can be of either sign it is shown.
+_POINTS = re.compile(r"gain|spread_\d+shot")
+_SIGNED = ("gain",)
 
 
 class Row(NamedTuple):
@@ -24,7 +29,7 @@ class Row(NamedTuple):
     Attributes:
         variant: of the task, such as ``image`` of linear/image.
         metric: its name.
-        share: whether it is a share of 0 .. 1, the more the better; others stand as plain numbers.
+        share: whether it is a share of 0 .. 1, the more the better; others stand as points or as plain numbers.
         value: as results.json has it.
         interval: 95 %, or None.
         baselines: key of ``BASELINES`` -> value.
@@ -49,7 +54,13 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``yes``, or ``no:`` and the baselines that the interval does not clear; empty where that is unknown."""
+        """``yes``, or ``no:`` and the baselines that the interval does not clear; of a gain whether it is one.
+
+        Empty where that is unknown.
+        """
+        if self.metric == "gain" and self.interval is not None:
+            low, high = self.interval
+            return "fusing: helps" if low > 0 else "fusing: hurts" if high < 0 else "fusing: unclear"
         if not self.share or self.interval is None or not self.baselines:
             return ""
         low = self.interval[0]
@@ -58,7 +69,9 @@ class Row(NamedTuple):
 
     def text(self, value: float) -> str:
         """A value of this metric for readers."""
-        return f"{100 * value:.1f}" if self.share else f"{value:.4g}"
+        if self.share or _POINTS.fullmatch(self.metric):
+            return f"{100 * value:+.1f}" if self.metric in _SIGNED else f"{100 * value:.1f}"
+        return f"{value:.4g}"
 
 
 class Family(NamedTuple):
@@ -76,10 +89,15 @@ class Family(NamedTuple):
 
 
 def families(document: Mapping[str, Any]) -> dict[str, Family]:
-    """The results of a parsed results.json, schema 2, by the part of the task's name before its ``/``."""
+    """The results of a parsed results.json, schema 2, by the part of the task's name before its ``/``.
+
+    Those with a modality missing at test are families of their own.
+    """
     found: dict[str, Family] = {}
     for task, entry in document["results"].items():
         name, _, variant = task.partition("/")
+        variant, _, missing = variant.partition("_without_")
+        name += f" without {missing}" if missing else ""
         family = found.setdefault(name, Family([], [], {}))
         baselines = dict(sorted(entry.get("baselines", {}).items(), key=_hardest_first))
         for metric, outcome in entry["metrics"].items():

@@ -56,6 +56,18 @@ class ProbeResult(NamedTuple):
         return self.chosen["val_top1"]
 
 
+class Ranked(NamedTuple):
+    """What accuracies need of the scores of N samples, which for many classes need not be kept then.
+
+    Attributes:
+        top: (N,) ids, the class of the highest score.
+        among5: (N,) float64, whether a sample's own class is among its five highest: 0 or 1.
+    """
+
+    top: Tensor
+    among5: Tensor
+
+
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Fraction in [0, 1] of ``predicted`` (N,) that equals ``labels`` (N,).
 
@@ -73,7 +85,8 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 def classification(
     scores: Tensor, labels: Tensor, classes: Tensor, *, groups: Tensor | None = None, samples: int = 1000
 ) -> dict[str, Metric]:
-    """Metrics of ``scores`` (N, C), where each sample has one of ``labels`` (N,); ``classes`` (C,) are the columns'.
+    """Metrics of ``scores`` (N, C), where each sample has one of ``labels`` (N,); ``classes`` (C,), ascending, are the
+    columns'.
 
     ``top1``; ``top5``, left out with five classes or fewer, where it is 1 by definition; ``precision``, ``recall`` and
     ``f1``, unweighted means over classes, and ``mean_per_class`` accuracy, which is ``recall`` under its other name.
@@ -94,17 +107,29 @@ def classification(
             "classification needs scores (N, C), labels (N,) and classes (C,) with N >= 1, "
             f"got {tuple(scores.shape)}, {tuple(labels.shape)} and {tuple(classes.shape)}"
         )
-    scores, labels, classes = scores.detach().cpu(), labels.cpu(), classes.cpu()
+    found = ranked(scores.detach(), labels.to(scores.device), classes.to(scores.device))
+    return of_ranked(found, labels, len(classes), groups=groups, samples=samples)
+
+
+def ranked(scores: Tensor, labels: Tensor, classes: Tensor) -> Ranked:
+    """Of ``scores`` (N, C), on their device, what ``classification`` needs; which see for ties and missing classes."""
+    column = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)[:, None]
+    own = torch.where(classes[column[:, 0]] == labels, scores.gather(1, column)[:, 0], -torch.inf)[:, None]
+    places = torch.arange(len(classes), device=scores.device)
+    before = (scores > own) | ((scores == own) & (places < column))
+    return Ranked(classes[scores.argmax(1)], ((before.sum(1) < 5) & (own[:, 0] > -torch.inf)).double())
+
+
+def of_ranked(
+    found: Ranked, labels: Tensor, classes: int, *, groups: Tensor | None = None, samples: int = 1000
+) -> dict[str, Metric]:
+    """``classification`` of scores for so many ``classes`` of which ``ranked`` is at hand; computed on the CPU."""
+    top, hit5, labels = found.top.cpu(), found.among5.cpu(), labels.cpu()
     present, truth = torch.unique(labels, return_inverse=True)
-    top = classes[scores.argmax(1)]
     hit = (top == labels).double()
     # Predictions by their place among the present classes; those of other classes go to one place past the end.
     place = torch.searchsorted(present, top).clamp(max=len(present) - 1)
     place = torch.where(present[place] == top, place, len(present))
-    column = (labels[:, None] == classes).int().argmax(1, keepdim=True)
-    own = torch.where(torch.isin(labels, classes)[:, None], scores.gather(1, column), -torch.inf)
-    before = (scores > own) | ((scores == own) & (torch.arange(len(classes)) < column))
-    hit5 = ((before.sum(1) < 5) & (own[:, 0] > -torch.inf)).double()
 
     def score(weights: Tensor) -> dict[str, Tensor]:  # (B, N) -> (B,) each
         def per_class(index: Tensor, values: Tensor) -> Tensor:
@@ -116,10 +141,10 @@ def classification(
         recall = (right / of_class.clamp(min=1)).sum(1) / count
         precision = (right / as_class.clamp(min=1) * (of_class > 0)).sum(1) / count
         f1 = (2 * right / (of_class + as_class).clamp(min=1) * (of_class > 0)).sum(1) / count
-        found = {"top1": weights @ hit / total, "mean_per_class": recall}
-        if len(classes) > 5:
-            found["top5"] = weights @ hit5 / total
-        return {**found, "precision": precision, "recall": recall, "f1": f1}
+        shares = {"top1": weights @ hit / total, "mean_per_class": recall}
+        if classes > 5:
+            shares["top5"] = weights @ hit5 / total
+        return {**shares, "precision": precision, "recall": recall, "f1": f1}
 
     return _measured(score, len(labels), groups, samples)
 
@@ -149,34 +174,43 @@ def multilabel(
     scores, labels = scores.detach().cpu(), labels.cpu()
     if not (labels.any(0) & ~labels.all(0)).any():
         raise ValueError("multilabel needs a class that some samples have and others lack, got none")
-    columns = []
-    for column, truth in zip(scores.T, labels.T, strict=True):
-        if truth.any():
-            ranked, order = column.sort(descending=True, stable=True)
-            _, run, lengths = ranked.unique_consecutive(return_inverse=True, return_counts=True)
-            last = lengths.cumsum(0)[run]  # rows down to the last of equal score
-            columns.append((order, truth[order], last, last - lengths[run]))
+    columns = [_runs(column, truth) for column, truth in zip(scores.T, labels.T, strict=True) if truth.any()]
 
     def score(weights: Tensor) -> dict[str, Tensor]:
+        by_row = weights.T.contiguous()  # (N, B): what is summed of a sample lies together
         precisions, areas = [], []
-        for order, truth, last, before in columns:
-            ranked = weights[:, order]
-            positive = ranked * truth
-            # With a column of zeros in front, so that sums down to no row are 0.
-            above = torch.nn.functional.pad(ranked.cumsum(1), (1, 0))
-            hits = torch.nn.functional.pad(positive.cumsum(1), (1, 0))
-            positives = hits[:, -1]
-            negatives = above[:, -1] - positives
-            own = positive[:, truth]
-            down, up = last[truth], before[truth]
-            precision = hits[:, down] / above[:, down].clamp(min=1)
-            precisions.append((own * precision).sum(1) / positives)  # NaN without positives
+        for rows, segments, positives, runs in columns:
+            count = 1 + int(runs[-1])
+            stretches = by_row.new_zeros(2 * count + 1, len(weights)).index_add_(0, segments, by_row[rows])
+            own = by_row.new_zeros(count, len(weights)).index_add_(0, runs, by_row[positives])  # (runs, B)
+            down, hits = stretches.cumsum(0), own.cumsum(0)
+            upto, before = down[1::2], down[:-1:2]  # rows to the end of each run, and to its start
+            had, all_rows = hits[-1], down[-1]
+            precisions.append((own * hits / upto.clamp(min=1)).sum(0) / had)  # NaN without positives
             # Negatives that rank above a positive, those of its own score by half.
-            worse = ((above - hits)[:, down] + (above - hits)[:, up]) / 2
-            areas.append(1 - (own * worse).sum(1) / (positives * negatives))
+            worse = ((upto - hits) + (before - (hits - own))) / 2
+            areas.append(1 - (own * worse).sum(0) / (had * (all_rows - had)))
         return {"map": torch.stack(precisions).nanmean(0), "auc": torch.stack(areas).nanmean(0)}
 
     return _measured(score, len(labels), groups, samples)
+
+
+def _runs(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where precision and recall change: the runs of equal ``scores`` (N,) that hold one with ``truth`` (N,) bool.
+
+    They are all that a resample is asked for: sums over the rows of each run, and of each stretch between two.
+
+    Returns:
+        rows in the order of scores, highest first; the stretch of each: 2 i + 1 for the i-th run, 2 i before it; rows
+        with ``truth`` in that order; and the run of each.
+    """
+    values, rows = scores.sort(descending=True, stable=True)
+    run = torch.unique_consecutive(values, return_inverse=True)[1]
+    holds = torch.zeros(int(run[-1]) + 1, dtype=torch.bool)
+    holds[run[truth[rows]]] = True
+    seen = holds.cumsum(0)  # runs that hold one, down to each
+    segments = (2 * seen - holds.long())[run]
+    return rows, segments, rows[truth[rows]], seen[run[truth[rows]]] - 1
 
 
 def bootstrap_interval(
@@ -206,8 +240,16 @@ def bootstrap_interval(
             raise ValueError(f"groups must be {tuple(correct.shape)} like correct, got {tuple(groups.shape)}")
         if len(torch.unique(groups)) < 2:
             raise ValueError(f"groups must hold at least 2 groups, got only group {groups[0].item()}")
-    means = [weights @ values / weights.sum(1) for weights in resamples(len(values), groups, samples, seed)]
-    return percentiles(torch.cat(means))
+    return percentiles(resampled_means(values[:, None], groups, samples, seed)[:, 0])
+
+
+def resampled_means(values: Tensor, groups: Tensor | None, samples: int, seed: int) -> Tensor:
+    """Means of the columns of ``values`` (N, K), float64 on the CPU, in each resample, the same ones for all columns.
+
+    (samples, K). To draw takes longer than to average: what is drawn once for all is paired, too.
+    """
+    drawn = resamples(len(values), groups, samples, seed)
+    return torch.cat([weights @ values / weights.sum(1, keepdim=True) for weights in drawn])
 
 
 def _measured(
@@ -248,26 +290,31 @@ def percentiles(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def chance(labels: Tensor) -> float:
-    """Expected accuracy, in [0, 1], of guessing uniformly among the classes present in ``labels`` (N,).
+def chance(classes: int) -> dict[str, float]:
+    """What ``classification`` is expected to give of guessing uniformly among so many ``classes``.
+
+    Precision and F1 have no simple expectation, and are left out.
 
     Raises:
-        ValueError: ``labels`` is empty.
+        ValueError: ``classes`` is below 1.
     """
-    if not labels.numel():
-        raise ValueError("chance needs at least one label, got none")
-    return 1 / len(torch.unique(labels))
+    if classes < 1:
+        raise ValueError(f"chance needs at least one class, got {classes}")
+    return {"top1": 1 / classes, "top5": min(1.0, 5 / classes), "mean_per_class": 1 / classes, "recall": 1 / classes}
 
 
-def majority(train_labels: Tensor, test_labels: Tensor) -> float:
-    """Accuracy on ``test_labels`` (M,), in [0, 1], of always predicting the commonest of ``train_labels`` (N,).
+def majority(train_labels: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """``classification`` on ``test_labels`` (M,) of always predicting the commonest of ``train_labels`` (N,).
 
-    Of equally common labels the lowest is predicted.
+    Of equally common labels the lowest is predicted. The five commonest are the top 5.
 
     Raises:
         ValueError: either is empty or not one-dimensional.
     """
-    if train_labels.ndim != 1 or not len(train_labels):
-        raise ValueError(f"train_labels must be (N,) with N >= 1, got {tuple(train_labels.shape)}")
+    for name, labels in (("train_labels", train_labels), ("test_labels", test_labels)):
+        if labels.ndim != 1 or not len(labels):
+            raise ValueError(f"{name} must be one-dimensional with at least one, got {tuple(labels.shape)}")
     classes, counts = torch.unique(train_labels, return_counts=True)
-    return accuracy(classes[counts.argmax()].expand_as(test_labels), test_labels)
+    commonest = classes[counts.argsort(descending=True, stable=True)[:5]]
+    guessed = Ranked(commonest[:1].repeat(len(test_labels)), torch.isin(test_labels, commonest).double())
+    return {name: metric.value for name, metric in of_ranked(guessed, test_labels, len(classes), samples=0).items()}

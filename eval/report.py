@@ -13,7 +13,7 @@ Beside it are predictions.safetensors, for `eval.compare`: ``TASK.correct`` (n,)
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from data.errors import UserError
 from data.index import write_whole
 from eval import html, markdown
 from eval.compare import aligned
+from eval.page import SCHEMA as PAGE_SCHEMA
 
 SCHEMA = 2
 RESULTS, PREDICTIONS, PAGE = "results.json", "predictions.safetensors", "page.json"
@@ -79,20 +80,55 @@ def write_reports(folder: Path) -> list[Path]:
     found = {}
     for name in (RESULTS, PAGE):
         try:
-            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"), parse_constant=_no_number)
         except FileNotFoundError as error:
             raise ReportError(f"{folder}: no {name}; `python -m eval run ... --out {folder}` makes one") from error
         except ValueError as error:
             raise ReportError(f"{folder / name} is damaged: {error}") from error
         if not isinstance(found[name], dict):
             raise ReportError(f"{folder / name} is damaged: no JSON object")
-    if found[RESULTS].get("schema") != SCHEMA:
-        raise ReportError(
-            f"{folder / RESULTS}: schema {found[RESULTS].get('schema')}; this version reads {SCHEMA}. Evaluate again"
-        )
+    for name, schema in ((RESULTS, SCHEMA), (PAGE, PAGE_SCHEMA)):
+        if found[name].get("schema") != schema:
+            raise ReportError(
+                f"{folder / name}: schema {found[name].get('schema')}; this version reads {schema}. Evaluate again"
+            )
     if lacking := [key for key in ("about", "results") if not isinstance(found[RESULTS].get(key), dict)]:
         raise ReportError(f"{folder / RESULTS} is damaged: it has no {lacking[0]}")
+    if not isinstance(found[RESULTS]["about"].get("encoder", {}), dict):
+        raise ReportError(f"{folder / RESULTS} is damaged: about.encoder is no JSON object")
+    for task, each in found[RESULTS]["results"].items():
+        if not _is_entry(each):
+            raise ReportError(f"{folder / RESULTS} is damaged: {task} is not laid out as results are")
     return _write_reports(folder, found[RESULTS], found[PAGE])
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number that JSON has")
+
+
+def _is_entry(found: Any) -> bool:
+    """Whether it is an ENTRY, see above."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def metric(value: Any) -> bool:
+        ends = value.get("interval") if isinstance(value, dict) else None
+        pair = ends is None or (isinstance(ends, list) and len(ends) == 2 and all(map(number, ends)))
+        return isinstance(value, dict) and number(value.get("value")) and pair
+
+    def each(key: str, fits: Callable[[Any], bool]) -> bool:
+        values = found.get(key, {})
+        return isinstance(values, dict) and all(map(fits, values.values()))
+
+    return (
+        isinstance(found, dict)
+        and "metrics" in found
+        and each("metrics", metric)
+        and each("baselines", lambda values: isinstance(values, dict) and all(map(number, values.values())))
+        and each("chosen", lambda _: True)
+        and each("counts", number)
+    )
 
 
 def _write_reports(folder: Path, document: Mapping[str, Any], page: Mapping[str, Any]) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eval.metrics import Metric, bootstrap_interval
+from eval.metrics import Metric, percentiles, resampled_means
 from eval.zeroshot import unit_rows
 
 RETRIEVED = (1, 5, 10)
@@ -290,11 +290,14 @@ def every_direction(
 
 
 def _metrics(result: Retrieved, content: Tensor) -> dict[str, Metric]:
-    several = len(torch.unique(content)) > 1
-    metrics = {}
-    for k, share in result.recall.items():
-        found = (result.ranks <= k).double()
-        metrics[f"r{k}"] = Metric(share, bootstrap_interval(found, groups=content) if several else None)
+    metrics = {f"r{k}": Metric(share) for k, share in result.recall.items()}
+    if metrics and len(torch.unique(content)) > 1:
+        found = torch.stack([result.ranks <= k for k in result.recall], 1).double().cpu()
+        means = resampled_means(found, content, samples=1000, seed=0)
+        metrics = {
+            name: Metric(share, percentiles(each))
+            for (name, (share, _)), each in zip(metrics.items(), means.T, strict=True)
+        }
     return {**metrics, "median_rank": Metric(result.median_rank)}
 
 

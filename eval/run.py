@@ -1,12 +1,14 @@
 """Score an encoder, each number beside its baselines; see eval/__main__.py for the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from data.source import Chosen, Source
 from eval.encoders import Pretrained, Raw
@@ -19,8 +21,9 @@ from eval.report import Results
 from eval.ridge import ridge_probe
 from eval.scored import LAST, Scored
 from eval.splits import hold_out, label_ids
-from eval.tasks import SPLITS, TASKS, EvalConfig, EvaluationError, Outcome, Study
+from eval.tasks import SPLITS, TASKS, EvalConfig, EvaluationError, JointPass, Outcome, Study, on_device
 from eval.tokens import token_splits
+from pretrain.model.encoder import Encoder
 
 MANY = 20_000
 """Training samples from which on a task takes so long that it should be known which one it is."""
@@ -70,16 +73,17 @@ def evaluate(
         poolings: likewise.
         group: field of each sample's .json; samples of one group stay together where validation is cut from train.
         run: the run's folder, whose curves and pictures the report shows.
-        world: ranks that share the passes, and then all do the tasks; None: this process alone.
+        world: ranks that share the passes; the first one then does the tasks alone, and the others return an
+            evaluation without results. None: this process alone.
 
     Raises:
         SampleError: a sample that can't be read or has no label.
         EvaluationError: labels that don't fit ``config.classes``, or that a task refuses.
     """
     world = world or World()
-    for name in ("train", "val"):
-        if name in splits and splits[name].fingerprint == splits["test"].fingerprint:
-            raise EvaluationError(f"the {name} split holds the same shards as the test split: nothing would be tested")
+    for a, b, what in (("train", "test", "tested"), ("val", "test", "tested"), ("train", "val", "held out")):
+        if a in splits and b in splits and splits[a].fingerprint == splits[b].fingerprint:
+            raise EvaluationError(f"the {a} split holds the same shards as the {b} split: nothing would be {what}")
     labels, names = _labels(splits, config)
     if "val" not in splits:
         held = hold_out(labels["train"], None if group is None else splits["train"].labels(group))
@@ -102,15 +106,23 @@ def evaluate(
         for features, by_key in zip(found, swept, strict=True):
             for key, of_split in by_key.items():
                 features.setdefault(key, {})[split] = of_split
-    trained, places = chosen_places(found[0], config)
+    if world.rank > 0:
+        return Evaluation({}, {}, {}, {})
+    for each in several:  # of what was in the cache nothing was computed there
+        each.to(device)
+    trained, places = chosen_places(found[0], config, device)
+    if not trained["test"]:
+        raise EvaluationError(
+            f"no sample of the test split can be scored: {', '.join(scored.modalities)} would be read"
+        )
     untrained = {} if random is None else _at(found[1], places)
 
-    joint: dict[str, Part] = {}
-    without: dict[str, Part] = {}
+    joint: list[JointPass] = []
     all_there = len(trained["test"]) == len(scored.modalities) > 1
     single = config.label is not None and labels["test"].ndim == 1
     if "fusion" in config.tasks and single and all_there and isinstance(scored, Pretrained):
-        joint, without = _joint(scored, splits, config, device, workers)
+        encoders = [each.encoder for each in several if isinstance(each, Pretrained)]
+        joint = _joint(encoders, scored.tokenizer, splits, config, device, workers)
     tokens = []
     if "attentive" in config.tasks and single:
         tokens = [
@@ -121,7 +133,7 @@ def evaluate(
             for each in several
             if isinstance(each, Pretrained)
         ]
-    study = Study(config, scored, random, trained, untrained, labels, names, joint, without, tokens)
+    study = Study(config, scored, random, trained, untrained, labels, names, joint, tokens)
     outcome, skipped = run_tasks(study)
     if len(found[0]) > 1:
         for task, result in outcome.results.items():
@@ -171,7 +183,7 @@ def _labels(splits: Mapping[str, Source], config: EvalConfig) -> tuple[dict[str,
 
 
 def chosen_places(
-    found: Mapping[tuple[int, str], Mapping[str, Mapping[str, Features]]], config: EvalConfig
+    found: Mapping[tuple[int, str], Mapping[str, Mapping[str, Features]]], config: EvalConfig, device: torch.device
 ) -> tuple[dict[str, dict[str, Features]], dict[str, tuple[int, str]]]:
     """Of each modality the layer and pooling that a probe fitted on train reads best on val.
 
@@ -197,11 +209,7 @@ def chosen_places(
                 if train is None or val is None:
                     raise EvaluationError(f"{modality}: the test split has it, the train or the val split has none")
                 try:
-                    if train.y.ndim == 2:
-                        probe = linear_probe(train, val, val, strengths=[1e-2], samples=0)
-                        scores[key] = probe.metrics["map"].value
-                    else:
-                        scores[key] = ridge_probe(train, val).top1
+                    scores[key] = on_device(device, f"choosing for {modality}", partial(_readable, train, val))
                 except ValueError as error:
                     raise EvaluationError(f"{modality}, layer {key[0]}, {key[1]}: {error}") from error
             places[modality] = max(keys, key=scores.__getitem__)
@@ -217,35 +225,61 @@ def _at(
     }
 
 
+def _readable(train: Split, val: Split, device: torch.device) -> float:
+    """How well a probe fitted on ``train`` reads ``val``."""
+    train, val = (Split(split.x.to(device), split.y.to(device)) for split in (train, val))
+    if train.y.ndim == 2:
+        return linear_probe(train, val, val, strengths=[1e-2], samples=0).metrics["map"].value
+    return ridge_probe(train, val).top1
+
+
 def _joint(
-    scored: Pretrained, splits: Mapping[str, Source], config: EvalConfig, device: torch.device, workers: int
-) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Features of the joint pass of every split, and of the test split with each modality left out."""
-    names, joint, without = list(scored.modalities), dict[str, Part](), dict[str, Part]()
+    encoders: Sequence[Encoder],
+    tokenizer: PreTrainedTokenizerBase | None,
+    splits: Mapping[str, Source],
+    config: EvalConfig,
+    device: torch.device,
+    workers: int,
+) -> list[JointPass]:
+    """Per encoder: features of the joint pass of every split, and of the test split with each modality left out."""
+    names, width = list(encoders[0].views.used), encoders[0].config.width
+    whole: list[dict[str, Part]] = [{} for _ in encoders]
+    without: list[dict[str, Part]] = [{} for _ in encoders]
     for split, source in splits.items():
         sets = [names]
         if split == "test":
             sets += [[name for name in names if name != missing] for missing in names]
-        parts = joint_features(scored.encoder, scored.tokenizer, source, sets, device, config.batch_size, workers)
-        joint[split] = parts[0]
-        without |= dict(zip(names, parts[1:], strict=False))
-    width = scored.encoder.config.width
-    for place, features in enumerate(each.features for each in without.values()):
-        # In the place of what is missing stands its mean, as in other fusions.
-        own = slice(place * width, (place + 1) * width)
-        features[:, own] = joint["train"].features[:, own].mean(0)
-    return joint, without
+        found = joint_features(encoders, tokenizer, source, sets, device, config.batch_size, workers)
+        for (all_of_them, *fewer), at, there in zip(found, whole, without, strict=True):
+            at[split] = all_of_them
+            there |= dict(zip(names, fewer, strict=False))
+    for at, there in zip(whole, without, strict=True):
+        for place, features in enumerate(each.features for each in there.values()):
+            # In the place of what is missing stands its mean, as in other fusions.
+            own = slice(place * width, (place + 1) * width)
+            features[:, own] = at["train"].features[:, own].mean(0)
+    return [JointPass(at, there) for at, there in zip(whole, without, strict=True)]
 
 
 def _page(study: Study, test: Source, outcome: Outcome, run: Path | None) -> dict[str, Any]:
-    joint = {}
+    joint, undirected = {}, []
     for name, features in study.trained["test"].items():
         if features.embeddings is not None:
-            classes = class_names(features.labels, study.names)
+            directed = features.embeddings.ne(0).any(1)  # an embedding of zeros is nowhere on the map
+            if not directed.all():
+                undirected.append(f"{name} of {int((~directed).sum())} samples: their embeddings are zero")
+            labels, rows = features.labels[directed], features.rows[directed]
             by_label = study.config.label is not None and not study.several
-            groups = features.labels if by_label else features.rows
-            joint[name] = Joint(features.embeddings, features.rows, classes, groups, features.content)
-    return make(test, joint, outcome.confusions, run)
+            joint[name] = Joint(
+                features.embeddings[directed],
+                rows,
+                class_names(labels, study.names),
+                labels if by_label else rows,
+                features.content[directed],
+            )
+    page = make(test, {name: part for name, part in joint.items() if len(part.rows)}, outcome.confusions, run)
+    page["left_out"] += undirected
+    return page
 
 
 def about(

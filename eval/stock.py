@@ -10,6 +10,7 @@ import numpy as np
 import soxr
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -29,7 +30,15 @@ from data.transforms import FRAME, HOP, SAMPLE_RATE, AudioView, ImageView, TextV
 from eval.scored import LAST, Encoded, EncoderError, Scored, always_the_same, read_config, tensors_digest
 
 MAX_TOKENS = 512  # captions are cut there, whatever the model could read
+FEWEST_WORDS = 10  # of a tokenizer: where its files are missing, `transformers` makes one of special tokens alone
 MAX_SECONDS = 30  # and sounds for models that have no longest one
+
+
+# What loading raises where a file is missing, damaged, or asks for what can't be.
+_UNLOADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 class Reader(Protocol):
@@ -77,7 +86,10 @@ class Pixels:
         span = 127.5 * (processor.rescale_factor if processor.do_rescale else 1.0)
         mean, std = [0.0] * 3, [1.0] * 3
         if processor.do_normalize:
-            mean, std = ([float(x) for x in _three(given)] for given in (processor.image_mean, processor.image_std))
+            try:
+                mean, std = ([float(x) for x in _three(given)] for given in (processor.image_mean, processor.image_std))
+            except (TypeError, ValueError) as error:
+                raise EncoderError(f"{name}: its image processor's mean or standard deviation: {error}") from error
         self.settings = {"span": span, "mean": mean, "std": std}
         self.scale = torch.tensor([span / s for s in std])[:, None, None]
         self.shift = torch.tensor([(span - m) / s for m, s in zip(mean, std, strict=True)])[:, None, None]
@@ -106,6 +118,8 @@ class Words:
         tokenizer: Any = _stock(AutoTokenizer.from_pretrained, name, "a tokenizer")
         if not tokenizer.is_fast:
             raise EncoderError(f"{name}: its tokenizer is a slow one; only fast ones (tokenizer.json) are supported")
+        if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < FEWEST_WORDS:
+            raise EncoderError(f"{name}: its tokenizer has no words: tokenizer.json, or what it is made of, is missing")
         tokenizer.padding_side = "right"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -410,7 +424,7 @@ def _stock(load: Callable[..., Any], name: str, what: str, **settings: Any) -> A
     """What `transformers` loads; no code but its own is run."""
     try:
         return load(name, trust_remote_code=False, **settings)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except _UNLOADABLE as error:
         raise EncoderError(f"{name}: {what} can't be loaded: {str(error).strip()}") from error
 
 

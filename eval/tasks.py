@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from data.transforms import make_field
 from eval.attentive import TokenSplit, attentive_probe
 from eval.features import Features
 from eval.fewshot import fewshot_probe
-from eval.fusion import Fused, FusionSplit, Part, fuse
+from eval.fusion import Fused, Fusion, FusionSplit, Part, fuse
 from eval.knn import knn_probe
 from eval.labelfree import alignment, dimension_spread, modality_gap, rankme, uniformity
 from eval.linear import Split, linear_probe
@@ -24,6 +25,7 @@ from eval.retrieval import Direction, Side, every_direction
 from eval.scored import Scored
 from eval.zeroshot import check_templates, class_embeddings, score_zero_shot
 
+Found = TypeVar("Found")
 SPLITS = ("train", "val", "test")
 MOST_ROWS = 5000
 """Of the test split, drawn at random, for measures that compare every two samples, or all dimensions."""
@@ -59,10 +61,24 @@ class EvalConfig:
         if unknown or not self.tasks:
             got = unknown[0] if unknown else "none"
             raise EvaluationError(f"eval.tasks: got {got}, allowed are {', '.join(TASKS)}")
+        if len(set(self.classes)) < len(self.classes) or not all(name.strip() for name in self.classes):
+            raise EvaluationError(f"eval.classes: names must differ and not be empty, got {', '.join(self.classes)}")
         if self.classes or self.templates:
             check_templates(self.templates, "eval.templates")
         if self.batch_size < 1:
             raise EvaluationError(f"eval.batch_size={self.batch_size}: allowed is 1 or more")
+
+
+class JointPass(NamedTuple):
+    """Features of an encoder's pass over all modalities of a sample together.
+
+    Attributes:
+        whole: split -> of the samples that have all modalities.
+        without: modality -> of the test split, the same where it is missing.
+    """
+
+    whole: Mapping[str, Part]
+    without: Mapping[str, Part]
 
 
 class Study(NamedTuple):
@@ -70,14 +86,13 @@ class Study(NamedTuple):
 
     Attributes:
         config: its label, classes and templates.
-        scored: the encoder.
+        scored: the encoder, on the device that the tasks use, too.
         random: the same architecture with random weights; None where there are no weights.
         trained: split -> modality -> features of ``scored``.
         untrained: the same of ``random``; empty without one.
         labels: split -> of every sample, (N,) int64 or (N, C) bool; all 0 without labels.
         names: of the classes; empty where they are numbers.
-        joint: split -> features of the encoder's pass over all modalities, where it has one.
-        joint_without: modality -> of the test split, the same without it.
+        joint: of ``scored``, then of ``random``: their passes over all modalities, if they have them.
         tokens: of ``scored``, then of ``random``: split -> modality -> token states and rows, if they are wanted.
     """
 
@@ -88,8 +103,7 @@ class Study(NamedTuple):
     untrained: Mapping[str, Mapping[str, Features]]
     labels: Mapping[str, Tensor]
     names: Sequence[str]
-    joint: Mapping[str, Part]
-    joint_without: Mapping[str, Part]
+    joint: Sequence[JointPass] = ()
     tokens: Sequence[Mapping[str, Mapping[str, tuple[TokenSplit, Tensor]]]] = ()
 
     @property
@@ -150,25 +164,44 @@ def few(study: Study) -> Outcome:
     return _probes(study, "fewshot", fewshot_probe, needs_val=False)
 
 
+def on_device(device: torch.device, what: str, compute: Callable[[torch.device], Found]) -> Found:
+    """``compute`` on ``device``, or on the CPU where that has too little memory, which is printed with ``what``."""
+    try:
+        return compute(device)
+    except torch.OutOfMemoryError:
+        print(f"{what}: too large for the memory of {device}, computed on the CPU", flush=True)
+    return compute(torch.device("cpu"))
+
+
 def _probes(study: Study, task: str, probe: Callable[..., ProbeResult], needs_val: bool) -> Outcome:
     outcome = Outcome({}, {}, {}, {})
+    needed = [split for split in SPLITS if needs_val or split != "val"]
     for modality, test in study.trained["test"].items():
-        for split in SPLITS:
+        name = f"{task}/{modality}"
+        for split in needed:
             if modality not in study.trained[split]:
-                raise EvaluationError(f"{task}/{modality}: the test split has {modality}, the {split} split has none")
+                raise EvaluationError(f"{name}: the test split has {modality}, the {split} split has none")
 
         def run(features: Mapping[str, Mapping[str, Features]], raw: bool, samples: int) -> ProbeResult:
-            parts = [features[split][modality] for split in SPLITS if needs_val or split != "val"]  # noqa: B023
-            splits = [Split(part.raw if raw else part.features, part.labels) for part in parts]
-            return probe(*splits, content=parts[-1].content, samples=samples)
+            parts = [features[split][modality] for split in needed]  # noqa: B023
+
+            def probed(device: torch.device) -> ProbeResult:
+                splits = [Split((p.raw if raw else p.features).to(device), p.labels.to(device)) for p in parts]
+                return probe(*splits, content=parts[-1].content, samples=samples)
+
+            found = on_device(study.scored.device, name, probed)  # noqa: B023
+            return found._replace(predicted=found.predicted.cpu(), correct=found.correct.cpu())
 
         result = run(study.trained, raw=False, samples=1000)
         baselines: dict[str, Mapping[str, float]] = {}
         if study.untrained:
             baselines["random_init"] = _values(run(study.untrained, raw=False, samples=0).metrics)
-        baselines["raw"] = _values(run(study.trained, raw=True, samples=0).metrics)
+        try:
+            baselines["raw"] = _values(run(study.trained, raw=True, samples=0).metrics)
+        except ValueError as error:  # an empty caption has no direction, which is no fault of the encoder
+            outcome.left_out[f"raw input of {name}"] = str(error)
         guessed = _guessed(study.trained["train"][modality].labels, test.labels, result.metrics)
-        name, counts = f"{task}/{modality}", _counts(test)
+        counts = _counts(test)
         if known := int(torch.isin(test.content, study.trained["train"][modality].content).sum()):
             counts["samples_whose_input_train_has"] = known
         outcome.results[name] = entry(result.metrics, baselines | guessed, result.chosen, counts)
@@ -184,18 +217,19 @@ def attentive(study: Study) -> Outcome:
     if not study.tokens:
         return outcome
     for modality, (scored, _) in study.tokens[0]["test"].items():
+        name = f"attentive/{modality}"
         found: list[ProbeResult] = []
         test = study.trained["test"][modality]
         for tokens, samples in zip(study.tokens, (1000, 0), strict=False):
             parts = [tokens[split][modality][0] for split in SPLITS if modality in tokens[split]]
             if len(parts) < len(SPLITS):
-                raise EvaluationError(f"attentive/{modality}: the test split has {modality}, another one has none")
-            found.append(attentive_probe(*parts, content=test.content, samples=samples))
+                raise EvaluationError(f"{name}: the test split has {modality}, another one has none")
+            probed = partial(attentive_probe, *parts, content=test.content, samples=samples)
+            found.append(on_device(study.scored.device, name, lambda device: probed(device=device)))  # noqa: B023
         result = found[0]
         baselines: dict[str, Mapping[str, float]] = {"random_init": _values(found[1].metrics)} if found[1:] else {}
         train_labels = study.tokens[0]["train"][modality][0].y
         guessed = _guessed(train_labels, scored.y, result.metrics)
-        name = f"attentive/{modality}"
         outcome.results[name] = entry(result.metrics, baselines | guessed, result.chosen, _counts(test))
         _predictions(outcome, name, result.correct, test)
     return outcome
@@ -206,9 +240,12 @@ def _guessed(train: Tensor, test: Tensor, metrics: Mapping[str, Metric]) -> dict
     if test.ndim == 2:  # a random order has the prevalence for its average precision
         seen = test.any(0)
         return {"chance": {"map": test[:, seen].double().mean().item(), "auc": 0.5}}
-    guess, commonest = chance(train), majority(train, test)
-    accuracies = [name for name in metrics if name.startswith("top1")]
-    return {"chance": dict.fromkeys(accuracies, guess), "majority": dict.fromkeys(accuracies, commonest)}
+    found = {"chance": chance(len(torch.unique(train))), "majority": majority(train, test)}
+    # Accuracies of so many neighbours or shots are accuracies.
+    kinds = {name: "top1" if name.startswith("top1_") else name for name in metrics}
+    return {
+        guess: {name: values[kind] for name, kind in kinds.items() if kind in values} for guess, values in found.items()
+    }
 
 
 def zeroshot(study: Study) -> Outcome:
@@ -228,8 +265,8 @@ def zeroshot(study: Study) -> Outcome:
         if random_targets is not None and (embeddings := study.untrained["test"][modality].embeddings) is not None:
             untrained = score_zero_shot(embeddings, random_targets, test.labels, samples=0)
             baselines["random_init"] = _values(untrained.metrics)
-        baselines["chance"] = {"top1": 1 / len(targets)}  # every class competes, also one that test lacks
-        baselines["majority"] = {"top1": majority(study.labels["train"], test.labels)}
+        baselines["chance"] = chance(len(targets))  # every class competes, also one that test lacks
+        baselines["majority"] = majority(study.labels["train"], test.labels)
         name = f"zeroshot/{modality}"
         outcome.results[name] = entry(result.metrics, baselines, counts=_counts(test))
         _predictions(outcome, name, result.correct, test)
@@ -258,12 +295,15 @@ def retrieval(study: Study) -> Outcome:
     by_label = study.config.label is not None and not study.several
 
     def directions(features: Mapping[str, Features]) -> dict[str, Direction]:
-        sides = {
-            name: Side(part.embeddings, part.rows, part.content, part.labels)
-            for name, part in features.items()
-            if part.embeddings is not None
-        }
-        return every_direction(sides, "labels" if by_label else "pairs")
+        def found(device: torch.device) -> dict[str, Direction]:
+            sides = {
+                name: Side(*(each.to(device) for each in (part.embeddings, part.rows, part.content, part.labels)))
+                for name, part in features.items()
+                if part.embeddings is not None
+            }
+            return every_direction(sides, "labels" if by_label else "pairs")
+
+        return on_device(study.scored.device, "retrieval", found)
 
     untrained = directions(study.untrained["test"]) if study.untrained else {}
     for direction, found in directions(study.trained["test"]).items():
@@ -281,31 +321,59 @@ def retrieval(study: Study) -> Outcome:
 def fusion(study: Study) -> Outcome:
     """Do several modalities together say more than the best alone, and with one of them missing?"""
     outcome = Outcome({}, {}, {}, {})
-    if len(study.trained["test"]) < 2:
+    names = list(study.trained["test"])
+    if len(names) < 2:
         return outcome
+    for split in SPLITS:
+        having = [
+            set(study.trained[split][name].rows.tolist() if name in study.trained[split] else ()) for name in names
+        ]
+        if not set.intersection(*having):
+            outcome.left_out["fusion"] = f"no sample of the {split} split has all of {', '.join(names)}"
+            return outcome
 
-    def split(name: str) -> FusionSplit:
-        parts = study.trained[name]
-        return FusionSplit(
-            {modality: Part(part.features, part.rows) for modality, part in parts.items()},
-            study.labels[name],
-            _independent(parts, len(study.labels[name])),
-            study.joint.get(name),
-            study.joint_without if name == "test" else {},
-        )
+    def fused(
+        features: Mapping[str, Mapping[str, Features]], joint: JointPass | None, raw: bool, samples: int
+    ) -> Fusion:
+        def split(name: str, device: torch.device) -> FusionSplit:
+            def moved(part: Part | Features) -> Part:
+                x = part.raw if raw and isinstance(part, Features) else part.features
+                return Part(x.to(device), part.rows.to(device))
 
-    found = fuse(*(split(name) for name in SPLITS))
+            labels = study.labels[name]
+            groups = _independent(study.trained[name], len(labels))
+            return FusionSplit(
+                {modality: moved(part) for modality, part in features[name].items()},
+                labels.to(device),
+                None if groups is None else groups.to(device),
+                None if joint is None else moved(joint.whole[name]),
+                {missing: moved(part) for missing, part in joint.without.items()} if joint and name == "test" else {},
+            )
+
+        def compute(device: torch.device) -> Fusion:
+            return fuse(*(split(name, device) for name in SPLITS), samples=samples)
+
+        return on_device(study.scored.device, "fusion", compute)
+
+    joint = [*study.joint, None, None]
+    found = fused(study.trained, joint[0], raw=False, samples=1000)
+    beside = {"random_init": fused(study.untrained, joint[1], raw=False, samples=0)} if study.untrained else {}
+    beside["raw"] = fused(study.trained, None, raw=True, samples=0)
     counts = {"samples": len(found.rows), "left_out": found.left_out["test"]}
-    train = study.labels["train"]
-    baselines = {"chance": {"top1": chance(train)}, "majority": {"top1": majority(train, found.labels)}}
+    guessed = _guessed(study.labels["train"], found.labels, {"top1": Metric(0)})
     outcome.left_out.update({f"fusion/{name}": why for name, why in found.skipped.items()})
     # No modality is told from a fusion by its name: they come as image_alone.
-    for at_test, methods in {"": found.methods, **{f"_without_{m}": each for m, each in found.missing.items()}}.items():
-        for method, fused in methods.items():
-            alone = "_alone" if fused.gain is None else ""
+    for missing, methods in [(None, found.methods), *found.missing.items()]:
+        at_test = "" if missing is None else f"_without_{missing}"
+        for method, each in methods.items():
+            alone = "_alone" if each.gain is None else ""
             name = f"fusion/{method}{alone}{at_test}"
-            outcome.results[name] = entry(_fused(fused), baselines, fused.chosen, counts)
-            correct = (fused.predicted == found.labels).double()
+            baselines: dict[str, Mapping[str, float]] = {}
+            for baseline, fusion_of in beside.items():
+                its = fusion_of.methods if missing is None else fusion_of.missing[missing]
+                baselines[baseline] = _values(_fused(its[method])) if method in its else {}
+            outcome.results[name] = entry(_fused(each), baselines | guessed, each.chosen, counts)
+            correct = (each.predicted == found.labels).double()
             _predictions(outcome, name, correct, _Observed(found.rows, found.groups))
     return outcome
 
@@ -335,24 +403,26 @@ def labelfree(study: Study) -> Outcome:
     """What features look like, whatever they mean."""
     outcome = Outcome({}, {}, {}, {})
 
+    device = study.scored.device  # its memory holds what is drawn
+
     def measured(features: Mapping[str, Features]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         for name, part in features.items():
             drawn = _drawn(len(part.rows))
-            x = part.features[drawn]
+            x = part.features[drawn].to(device)
             if len(x) < 2:
                 continue
             found[name] = {
                 "rankme": rankme(x),
                 "rankme_uncentred": rankme(x, centred=False),
                 "dimension_spread": dimension_spread(x),
-                "uniformity": uniformity(x if part.embeddings is None else part.embeddings[drawn]),
+                "uniformity": uniformity(x if part.embeddings is None else part.embeddings[drawn].to(device)),
             }
         for (a, first), (b, second) in combinations(features.items(), 2):
             in_a, in_b = torch.isin(first.rows, second.rows), torch.isin(second.rows, first.rows)
             if first.embeddings is not None and second.embeddings is not None and int(in_a.sum()) > 1:
                 drawn = _drawn(int(in_a.sum()))
-                x, y = first.embeddings[in_a][drawn], second.embeddings[in_b][drawn]
+                x, y = first.embeddings[in_a][drawn].to(device), second.embeddings[in_b][drawn].to(device)
                 found[f"{a}_{b}"] = {"alignment": alignment(x, y), "modality_gap": modality_gap(x, y)}
         return found
 
@@ -383,8 +453,8 @@ class _Observed(NamedTuple):
 
 def _predictions(outcome: Outcome, name: str, correct: Tensor, test: Features | Direction | _Observed) -> None:
     outcome.predictions[f"{name}.correct"] = correct.cpu()
-    outcome.predictions[f"{name}.rows"] = test.rows
-    outcome.predictions[f"{name}.content"] = test.content
+    outcome.predictions[f"{name}.rows"] = test.rows.cpu()
+    outcome.predictions[f"{name}.content"] = test.content.cpu()
 
 
 class Task(NamedTuple):

@@ -25,12 +25,12 @@ from eval.linear import Split, linear_probe
 from eval.splits import hold_out, label_ids
 
 
-def probe(train: Features, test: Features, what: str) -> str:
+def probe(train: Features, test: Features, what: str, device: torch.device) -> str:
     """A line on ``features`` or ``raw``; a tenth of train chooses how strongly weights are held down."""
     x, y = getattr(train, what), train.labels
     held = hold_out(y)
     parts = Split(x[~held], y[~held]), Split(x[held], y[held]), Split(getattr(test, what), test.labels)
-    found = linear_probe(*parts, content=test.content).metrics
+    found = linear_probe(*(Split(x.to(device), y.to(device)) for x, y in parts), content=test.content).metrics
     name = "top1" if "top1" in found else "map"  # the latter where a sample may have several labels
     value, interval = found[name]
     between = "" if interval is None else f"  (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train, test = features["train"][modality], features["test"][modality]
             print(f"\n{modality}: {len(train.rows)} train and {len(test.rows)} test samples")
             for what in ("features", "raw"):
-                print(probe(train, test, what))
+                print(probe(train, test, what, device))
     except (ValueError, OSError) as error:  # a UserError is a ValueError; so are labels that can't be probed
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -171,12 +171,13 @@ def test_folders_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
     bad: list[tuple[dict[str, Any], str]] = [
         ({"linear/image": (x, torch.arange(9) + 9)}, "linear/image: a and b0 scored no row in common"),
         ({"knn/image": x}, r"no task is in two of the folders: a has \['linear/image'\], b1 has \['knn/image'\]"),
-        ({"linear/image": (x, torch.zeros(9))}, "b2/predictions.safetensors: linear/image.rows must differ"),
+        ({"linear/image": (x, torch.zeros(9).long())}, "b2/predictions.safetensors: linear/image.rows must differ"),
         ({"linear/image": x / 0}, "b3/predictions.safetensors: linear/image.correct must be finite"),
         (
             {"linear/image": (x, torch.arange(8))},
             r"linear/image: correct, rows and content must have one shape .*\(8,\)",
         ),
+        ({"linear/image": (x, torch.rand(9))}, "linear/image: rows and content must be int64, got torch.float32 and"),
     ]
     for i, (tasks, message) in enumerate(bad):
         with pytest.raises(CompareError, match=message):

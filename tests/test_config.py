@@ -394,7 +394,7 @@ def test_an_override_that_is_no_yaml_is_not_blamed_on_the_recipe() -> None:
     [
         [],
         ["data.views.audio=null", "eval.label=null", "train.threads=3", "tokenizer.train=null", "tokenizer.name=a/b"],
-        ["out='1e3'", "eval.classes=['yes', 'null', '1', '', 'a: b', '007', '#x', 'ä']", "train.learning_rate=1e-5"],
+        ["out='1e3'", "eval.classes=['yes', 'null', '1', 'a: b', '007', '#x', 'ä']", "train.learning_rate=1e-5"],
         [
             "data.train={web: {shards: ['s3://b/{0..9}.tar', 'a b.tar'], weight: 3, require: [text, image]}}",
             "data.train.train={weight: 0.1, max_epochs: 2}",

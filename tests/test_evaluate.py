@@ -1,7 +1,10 @@
+import copy
 import io
 import json
+import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +13,14 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
 from transformers import PreTrainedTokenizerBase
 
+import eval.encoders
+import eval.fusion
+import eval.retrieval
+import eval.run
+import eval.tasks
 from data.batch import Field
 from data.shards import write_shards
 from data.source import SampleError, Source
@@ -19,6 +28,7 @@ from data.transforms import make_field
 from eval.__main__ import main
 from eval.encoders import Pretrained
 from eval.features import Features, content_ids, sweep
+from eval.fusion import FusionSplit
 from eval.joint import joint_features
 from eval.linear import Split
 from eval.report import HEADLINES, Results, read_results, table, write_results
@@ -26,9 +36,10 @@ from eval.ridge import ridge_probe
 from eval.run import Evaluation
 from eval.run import evaluate as evaluate_scored
 from eval.splits import hold_out, label_ids
-from eval.tasks import EvalConfig, EvaluationError, _drawn
+from eval.tasks import EvalConfig, EvaluationError, _drawn, on_device
 from eval.tokens import token_splits
 from pretrain.model.encoder import Encoder
+from tests.samples import free_port
 from tests.tiny import (
     CAPTIONS,
     CLASSES,
@@ -39,6 +50,7 @@ from tests.tiny import (
     extract,
     open_shards,
     picture,
+    samples,
     tiny_encoder,
     tiny_tokenizer,
     tone,
@@ -306,6 +318,8 @@ def test_every_task_has_its_numbers_and_baselines(tiny: Tiny) -> None:
             assert baselines["chance"]["top1"] == pytest.approx(1 / 3)
             assert 0 <= baselines["random_init"]["top1"] <= 1
             assert result["counts"]["distinct_inputs"] == (9 if task.endswith("text") else COUNTS["test"])
+            for guess in (baselines["chance"], baselines["majority"]):
+                assert guess["mean_per_class"] == guess["recall"] == pytest.approx(1 / 3)
         if kind in ("linear", "knn"):
             assert baselines["majority"]["top1"] == pytest.approx(1 / 3)
             assert result["chosen"].keys() == {"strength" if kind == "linear" else "k", "val_top1"}
@@ -313,6 +327,22 @@ def test_every_task_has_its_numbers_and_baselines(tiny: Tiny) -> None:
     assert tiny.results["fewshot/image"]["metrics"].keys() >= {"top1_1shot", "spread_25shot"}
     assert "gain" in tiny.results["fusion/concat"]["metrics"]
     assert "gain" not in tiny.results["fusion/image_alone"]["metrics"]
+
+
+def test_fusions_stand_beside_those_of_random_weights_and_of_the_inputs(tiny: Tiny) -> None:
+    for task, result in tiny.results.items():
+        if not task.startswith("fusion/"):
+            continue
+        assert result["baselines"]["random_init"].keys() == result["metrics"].keys(), task
+        assert result["baselines"].keys() >= {"chance", "majority"}
+        # Inputs have no joint pass, and no width in common.
+        ways = ("concat", "probability_mean", "vote", "image_alone", "text_alone", "audio_alone")
+        assert ("raw" in result["baselines"]) == task.removeprefix("fusion/").startswith(ways), task
+    for name in ("image", "text", "audio"):  # all samples have everything: the probes are those of the linear task
+        assert (
+            tiny.results[f"fusion/{name}_alone"]["baselines"]["raw"]["top1"]
+            == tiny.results[f"linear/{name}"]["baselines"]["raw"]["top1"]
+        )
 
 
 def test_separable_inputs_are_separated(tiny: Tiny) -> None:
@@ -376,7 +406,11 @@ def test_of_several_layers_validation_chooses(tiny: Tiny) -> None:
 def test_the_joint_pass_is_that_of_the_encoder(tiny: Tiny, tmp_path: Path) -> None:
     source = mixed(tmp_path, ["ita", "it", "ita", "ta", "ita"])
     names = ["image", "text", "audio"]
-    whole, without = joint_features(tiny.encoder, tiny.tokenizer, source, [names, ["image", "audio"]], CPU, 2, 0)
+    other = tiny_encoder(tiny.tokenizer, seed=1)
+    sets = [names, ["image", "audio"]]
+    (whole, without), others = joint_features([tiny.encoder, other], tiny.tokenizer, source, sets, CPU, 2, 0)
+    for mine, alone in zip(others, joint_features([other], tiny.tokenizer, source, sets, CPU, 2, 0)[0], strict=True):
+        assert torch.equal(mine.features, alone.features)
     assert whole.rows.tolist() == without.rows.tolist() == [0, 2, 4]
     width = tiny.encoder.config.width
     for number, row in enumerate([0, 2, 4]):
@@ -516,6 +550,9 @@ def test_the_command_line_names_a_missing_shard(tiny: Tiny, capsys: pytest.Captu
         (["--templates", "a tone"], r"must hold \{\} once"),
         (["--tasks", "linear,knnn"], "eval.tasks: got knnn, allowed are linear, knn,"),
         (["--poolings", "cls", "--layers", "99"], "99"),
+        (["--workers", "-1"], "--workers -1: 0 or more"),
+        (["--classes", "a", "b", "b"], "eval.classes: names must differ"),
+        (["--classes", "a", " ", "b"], "eval.classes: names must .* not be empty"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_with_its_settings(
@@ -583,14 +620,196 @@ def test_label_free_measures_draw_their_rows() -> None:
     assert torch.equal(_drawn(7), torch.arange(7))
 
 
+def results_of(entry: Any) -> str:
+    return json.dumps({"schema": 2, "about": {}, "results": {"linear/image": entry}})
+
+
 @pytest.mark.parametrize(
-    ("content", "words"), [("[1]", "no JSON object"), ('{"schema": 2}', "no about"), ("{", "damaged")]
+    ("content", "words"),
+    [
+        ("[1]", "no JSON object"),
+        ('{"schema": 2}', "no about"),
+        ("{", "damaged"),
+        ('{"schema": 1}', "schema 1; this version reads 2"),
+        (results_of([]), "linear/image is not laid out"),
+        (results_of({}), "linear/image is not laid out"),
+        (results_of({"metrics": {"top1": 0.5}}), "linear/image is not laid out"),
+        (results_of({"metrics": {"top1": {"value": "0.5"}}}), "linear/image is not laid out"),
+        (results_of({"metrics": {"top1": {"value": 0.5, "interval": [1]}}}), "linear/image is not laid out"),
+        (results_of({"metrics": {}, "baselines": {"raw": 1}}), "linear/image is not laid out"),
+        (results_of({"metrics": {"top1": {"value": float("nan")}}}), "NaN is no number"),
+    ],
 )
 def test_a_damaged_folder_of_results_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
 ) -> None:
     (tmp_path / "results.json").write_text(content)
-    (tmp_path / "page.json").write_text("{}")
+    (tmp_path / "page.json").write_text('{"schema": 1, "left_out": []}')
     assert main(["report", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
-    assert read_results(tmp_path / "results.json", {}) is None
+    assert read_results(tmp_path / "results.json", {"encoder": "another"}) is None
+
+
+def test_a_page_of_another_schema_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 2, "about": {}, "results": {}}))
+    (tmp_path / "page.json").write_text('{"schema": 99, "left_out": []}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "page.json: schema 99; this version reads 1" in capsys.readouterr().err
+    (tmp_path / "page.json").write_text('{"schema": 1, "left_out": []}')
+    assert main(["report", str(tmp_path)]) == 0
+
+
+# Data that can't be scored
+
+
+def altered(folder: Path, split: str, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> str:
+    """The shards of a split with ``change`` (number, members) of each sample."""
+    made = [change(number, sample) for number, sample in enumerate(samples(split, COUNTS[split]))]
+    return str(write_shards(made, folder / f"altered-{split}", max_samples=99)[0])
+
+
+def labelled(label: Callable[[int], Any]) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
+    return lambda number, sample: {**sample, "json": json.dumps({"label": label(number)}).encode()}
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "tasks", "words"),
+    [
+        ("train", labelled(lambda _: 1), "linear", "linear: train must have at least two classes, got only class 1"),
+        ("train", labelled(lambda _: 1), "fusion", "fusion: train must have at least two classes, got only class 1"),
+        ("train", labelled(lambda i: [1] if i % 2 else "b"), "knn", "all lists of them, got int, list, str"),
+        (
+            "test",
+            labelled(lambda i: i % 5),
+            "linear",
+            r"test must hold only classes present in train, got unseen \[3, 4\]",
+        ),
+        ("test", labelled(lambda i: i % 5), "fewshot", r"fewshot: test must hold only classes present in train"),
+        ("test", lambda _, s: {k: s[k] for k in ("__key__", "json")}, "linear", "no sample of the test split can be"),
+        ("train", lambda _, s: {k: s[k] for k in s if k != "png"}, "knn", "test split has image, the train split has"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_with_the_data(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, change: Any, tasks: str, words: str
+) -> None:
+    assert main([*arguments(tiny, **{split: altered(tmp_path, split, change)}), "--tasks", tasks]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_the_command_line_names_a_place_where_nothing_can_be_written(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for place in ("--out", "--cache"):
+        assert main([*arguments(tiny), place, str(tmp_path / "file" / "below")]) == 2
+        assert str(tmp_path / "file" / "below") in capsys.readouterr().err
+
+
+def test_without_a_sample_that_has_everything_there_is_no_fusion(tiny: Tiny, tmp_path: Path) -> None:
+    test = mixed(tmp_path, ["it", "ta", "it", "ta"])
+    labels = {"label": [0, 1, 2, 0]}
+    test.labels = labels.__getitem__  # type: ignore[method-assign, assignment]
+    config = EvalConfig("label", ["knn", "fusion"])
+    found = evaluate(tiny.encoder, tiny.tokenizer, {**tiny.splits, "test": test}, config)
+    assert found.skipped == {"fusion": "no sample of the test split has all of image, text, audio"}
+    assert found.results.keys() == {"knn/image", "knn/text", "knn/audio"}
+
+
+def test_embeddings_of_zeros_are_not_on_the_map(tiny: Tiny) -> None:
+    encoder = copy.deepcopy(tiny.encoder)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "heads.image.projection" in name:
+                parameter.zero_()
+    found = evaluate(encoder, tiny.tokenizer, tiny.splits, EvalConfig("label", ["knn"]))
+    assert {point[2] for point in found.page["map"]["points"]} == {"text", "audio"}
+    assert f"image of {COUNTS['test']} samples: their embeddings are zero" in found.page["left_out"]
+
+
+def test_raw_inputs_without_a_direction_are_left_out_of_the_baselines(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(eval.encoders.RAW_INPUTS, "text", lambda field, _: torch.zeros(len(field.x), 4))
+    found = evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, EvalConfig("label", ["knn"]))
+    assert "raw" not in found.results["knn/text"]["baselines"]
+    assert "raw" in found.results["knn/image"]["baselines"]
+    assert "non-zero rows" in found.skipped["raw input of knn/text"]
+
+
+# Devices and ranks
+
+
+def test_tasks_compute_where_the_encoder_is(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = torch.device("meta")
+    seen: dict[str, set[torch.device]] = {}
+
+    def watched(name: str, compute: Callable[..., Any], tensors: Callable[..., list[torch.Tensor]]) -> None:
+        def found(*given: Any, **more: Any) -> Any:
+            devices = {each.device for each in tensors(*given)}
+            seen.setdefault(name, set()).update(devices)
+            if elsewhere in devices:  # of a device that computes nothing all that can be said is that it was tried
+                assert devices == {elsewhere}
+                raise torch.OutOfMemoryError
+            return compute(*given, **more)
+
+        monkeypatch.setattr(eval.tasks, name, found)
+
+    def of_fusion(*splits: FusionSplit) -> list[torch.Tensor]:
+        parts = [part for each in splits for part in (*each.parts.values(), *each.joint_without.values(), each.joint)]
+        return [each.labels for each in splits] + [tensor for part in parts if part is not None for tensor in part]
+
+    for name in ("linear_probe", "knn_probe", "fewshot_probe"):
+        watched(name, getattr(eval.tasks, name), lambda *splits: [each for split in splits for each in split])
+    watched("fuse", eval.fusion.fuse, of_fusion)
+    watched(
+        "every_direction", eval.retrieval.every_direction, lambda sides, _: [x for side in sides.values() for x in side]
+    )
+    tasks = eval.run.run_tasks
+
+    def moved(study: Any) -> Any:
+        study.scored.device = elsewhere
+        return tasks(study)
+
+    monkeypatch.setattr(eval.run, "run_tasks", moved)
+    config = EvalConfig("label", ["linear", "knn", "fewshot", "retrieval", "fusion"], batch_size=7)
+    found = evaluate(tiny.encoder, tiny.tokenizer, tiny.splits, config)
+    assert seen.keys() == {"linear_probe", "knn_probe", "fewshot_probe", "fuse", "every_direction"}
+    assert all(devices == {elsewhere, CPU} for devices in seen.values())
+    assert found.results == {task: tiny.results[task] for task in found.results}
+
+
+def test_what_a_device_has_no_memory_for_is_computed_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    def compute(device: torch.device) -> str:
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return f"on {device}"
+
+    assert on_device(CPU, "knn/image", compute) == "on cpu"
+    assert capsys.readouterr().out == ""
+    assert on_device(torch.device("meta"), "knn/image", compute) == "on cpu"
+    assert capsys.readouterr().out == "knn/image: too large for the memory of meta, computed on the CPU\n"
+
+
+def evaluate_on_a_rank(rank: int, port: int, tiny: Tiny, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    tasks = eval.run.run_tasks
+
+    def counted(study: Any) -> Any:
+        (folder / f"tasks-{rank}").touch()
+        time.sleep(1)  # the other one has ended by then
+        return tasks(study)
+
+    eval.run.run_tasks = counted
+    code = main([*arguments(tiny), "--tasks", "linear,fusion,labelfree", "--out", str(folder / "two")])
+    (folder / f"code-{rank}").write_text(str(code))
+
+
+def test_of_two_ranks_the_first_does_the_tasks(tiny: Tiny, tmp_path: Path) -> None:
+    start_processes(evaluate_on_a_rank, (free_port(), tiny, tmp_path), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["0", "0"]
+    assert (tmp_path / "tasks-0").exists()
+    assert not (tmp_path / "tasks-1").exists()
+    assert main([*arguments(tiny), "--tasks", "linear,fusion,labelfree", "--out", str(tmp_path / "one")]) == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one == two

@@ -71,7 +71,7 @@ def test_a_docstring_belongs_to_the_field_above_it() -> None:
         [],
         SOURCES,
         ["data.views.audio=null", "eval.label=null", "eval.classes=[]", "init_from.image=some/model"],
-        ["out='a  # b'", "eval.classes=['#x', 'a: b', '- c', 'null', '', \"{'d'}\"]"],
+        ["out='a  # b'", "data.root=''", "eval.classes=['#x', 'a: b', '- c', 'null', \"{'d'}\"]"],
         ["out='" + "long words " * 20 + "'", "data.root='a\nb\n\n c'", "data.cache='a\x85b\u2028c'"],
     ],
 )

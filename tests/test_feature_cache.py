@@ -1,7 +1,9 @@
 """Arrays on disk: what was written comes back, whole or not at all."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +68,10 @@ def test_what_was_not_sealed_is_not_there(tmp_path: Path) -> None:
     assert cache.open("key") is None
 
 
-@pytest.mark.parametrize("damage", ["a bit", "shorter", "longer", "gone", "head gone", "head empty", "another schema"])
+@pytest.mark.parametrize(
+    "damage",
+    ["a bit", "shorter", "longer", "gone", "head gone", "head empty", "another schema", "no about", "fewer", "a file"],
+)
 def test_a_damaged_entry_is_found_and_removed(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = Cache(tmp_path)
     write(cache)
@@ -85,8 +90,17 @@ def test_a_damaged_entry_is_found_and_removed(damage: str, tmp_path: Path, capsy
         head.unlink()
     elif damage == "head empty":
         head.write_text("")
+    elif damage == "a file":
+        shutil.rmtree(head.parent)
+        head.parent.write_text("")
     else:
-        head.write_text(json.dumps({**json.loads(head.read_text()), "schema": 0}))
+        changes: dict[str, dict[str, Any]] = {
+            "another schema": {"schema": 0},
+            "no about": {"about": {}},
+            "fewer": {"files": {}},
+        }
+        changed = changes[damage]
+        head.write_text(json.dumps({**json.loads(head.read_text()), **changed}))
     assert cache.open("key") is None
     assert f"{tmp_path / 'key'}: damaged, made again" in capsys.readouterr().out
     assert not (tmp_path / "key").exists()

@@ -6,8 +6,9 @@ from torch import Tensor
 
 import eval.fusion
 from eval.compare import paired_bootstrap
-from eval.fusion import Fusion, FusionSplit, Part, concat, learn_weights, maximum, mean, relu_product, table, vote
+from eval.fusion import Fusion, FusionSplit, Part, concat, learn_weights, maximum, mean, relu_product, vote
 from eval.linear import Split, linear_probe
+from eval.metrics import bootstrap_interval
 
 STRENGTHS = (0.01, 0.1)  # weaker ones take most of the time
 SIZES = {"train": 240, "val": 150, "test": 300}
@@ -216,24 +217,31 @@ def test_other_widths_skip_what_needs_one_and_say_so() -> None:
         **dict.fromkeys(("mean", "max", "relu_product", "weighted"), reason),
         "joint": "no features of a joint pass",
     }
-    assert f"mean: left out, {reason}" in table(result)
 
 
-def test_the_table_says_whether_fusing_helps() -> None:
+def test_without_resamples_or_with_one_group_there_are_no_intervals() -> None:
     train, val, test = splits({"image": 1.2, "text": 2.0})
-    lines = table(fuse(train, val, test._replace(groups=torch.arange(300) // 2))).splitlines()
-    assert lines[0].split()[:3] == ["at", "test", "method"]
-    assert sum(line.startswith("all") for line in lines) == 9
-    assert sum(line.startswith("no image") for line in lines) == 8
-    assert sum(line.rstrip().endswith(("helps", "hurts", "unclear")) for line in lines) == 3 * 7
-    assert "on validation they rank image > text" in lines[-3]
-    assert lines[-2] == (
-        "300 test samples in 150 groups; left out for want of a modality: 0 of train, 0 of val, 0 of test"
-    )
-    constant = fuse(train, val, test._replace(groups=torch.zeros(300).long()))
-    assert constant.methods["image"].interval is None
-    assert constant.methods["mean"].gain is not None
-    assert table(constant)
+    drawn = fuse(train, val, test)
+    for plain in (
+        eval.fusion.fuse(train, val, test, strengths=STRENGTHS, samples=0),
+        fuse(train, val, test._replace(groups=torch.zeros(300).long())),
+    ):
+        for name, fused in plain.methods.items():
+            assert (fused.top1, fused.interval) == (drawn.methods[name].top1, None)
+            assert (fused.gain is None) == (name in ("image", "text"))
+            if fused.gain is not None:
+                assert fused.gain.value == pytest.approx(fused.top1 - plain.methods["image"].top1)
+                assert fused.gain.interval is None
+
+
+def test_intervals_are_those_of_each_method_alone() -> None:
+    train, val, test = splits({"image": 1.2, "text": 2.0})
+    groups = torch.arange(300) // 3
+    result = fuse(train, val, test._replace(groups=groups))
+    for at_test in (result.methods, *result.missing.values()):
+        for fused in at_test.values():
+            right = (fused.predicted == result.labels).double()
+            assert fused.interval == bootstrap_interval(right, groups=groups)
 
 
 def test_fusion_refuses_splits_that_do_not_fit() -> None:

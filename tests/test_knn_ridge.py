@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.knn import knn, knn_probe
 from eval.linear import Split
-from eval.metrics import bootstrap_interval
+from eval.metrics import Ranked, bootstrap_interval, ranked
 from eval.ridge import DEFAULT_STRENGTHS, ridge_probe
 
 
@@ -97,6 +97,29 @@ def test_a_class_without_a_vote_is_in_no_top_5() -> None:
     train = Split(x, torch.arange(8))
     found = knn_probe(train, train, Split(x, torch.arange(8).roll(1)), ks=[1], samples=0)
     assert (found.metrics["top1"].value, found.metrics["top5"].value) == (0, 0)
+
+
+def test_votes_of_many_classes_are_never_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (Split(torch.randn(n, 6, generator=generator), torch.arange(n) % 150) for n in (300, 200))
+    plain = knn_probe(train, test, test, ks=[1, 7], samples=20)
+    assert plain.predicted.tolist() == naive_knn(train, test, int(plain.chosen["k"]), 0.07)
+
+    held = []
+
+    def watched(scores: Tensor, labels: Tensor, classes: Tensor) -> Ranked:
+        held.append(scores.numel())
+        return ranked(scores, labels, classes)
+
+    monkeypatch.setattr("eval.knn.ranked", watched)
+    monkeypatch.setattr("eval.knn._AT_ONCE", 10 * (300 + 150))
+    chunked = knn_probe(train, test, test, ks=[1, 7], samples=20)
+    assert max(held) == 10 * 150
+    assert chunked.metrics == plain.metrics
+    assert chunked.chosen == plain.chosen
+    assert torch.equal(chunked.predicted, plain.predicted)
+    monkeypatch.setattr("eval.knn._AT_ONCE", 1)  # not even one row fits
+    assert knn_probe(train, test, test, ks=[1, 7], samples=20).metrics == plain.metrics
 
 
 def test_weights_and_number_of_neighbours_count() -> None:

@@ -151,6 +151,31 @@ def test_more_features_than_rows() -> None:
     torch.testing.assert_close(result.classifier.scores(test.x).softmax(1), expected, atol=2e-3, rtol=0)
 
 
+def test_a_weak_penalty_that_is_far_from_zero_is_reached_by_stronger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(1000) % 100
+    hidden = torch.randn(100, 64, generator=generator)[y] + 0.7 * torch.randn(1000, 64, generator=generator)
+    mix = torch.randn(64, 128, generator=generator) * torch.arange(1, 65)[:, None] ** -0.5
+    x = torch.nn.functional.gelu(hidden @ mix)
+    axes, evaluated = linear._axes(x.double()), 0
+    call = linear._Objective.__call__
+
+    def counted(self: linear._Objective, weight: Tensor) -> tuple[float, Tensor, Tensor]:
+        nonlocal evaluated
+        evaluated += 1
+        return call(self, weight)
+
+    monkeypatch.setattr(linear._Objective, "__call__", counted)
+    direct = linear._fit(axes, y, 1e-5, 5000, None)
+    from_zero, evaluated = evaluated, 0
+    found = linear._first_fit(axes, y, 1e-5, 5000)
+    assert direct.converged
+    assert found.converged
+    assert evaluated < from_zero
+    assert relative_distance(found.weight, direct.weight) < 0.05
+    assert torch.equal(found.predict(x), direct.predict(x))
+
+
 def test_sweep_ends_where_accuracy_has_clearly_fallen(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted, fit = [], linear._fit
 

@@ -7,7 +7,18 @@ import pytest
 import sklearn.metrics
 import torch
 
-from eval.metrics import Metric, accuracy, bootstrap_interval, chance, classification, majority, multilabel
+from eval.metrics import (
+    Metric,
+    accuracy,
+    bootstrap_interval,
+    chance,
+    classification,
+    majority,
+    multilabel,
+    percentiles,
+    resampled_means,
+    resamples,
+)
 
 
 def bernoulli(rows: int, p: float, seed: int = 0) -> torch.Tensor:
@@ -106,19 +117,33 @@ def test_interval_refuses_what_it_cannot_resample() -> None:
         bootstrap_interval(torch.zeros(4), samples=0)
 
 
-def test_chance_counts_classes_present() -> None:
-    assert chance(torch.tensor([7, 7, -1, 90])) == 1 / 3
-    with pytest.raises(ValueError, match="at least one label"):
-        chance(torch.tensor([]))
+def test_chance_is_what_guessing_gives() -> None:
+    assert chance(3) == {"top1": 1 / 3, "top5": 1.0, "mean_per_class": 1 / 3, "recall": 1 / 3}
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8000) % 8
+    found = classification(torch.rand(8000, 8, generator=generator), labels, torch.arange(8), samples=0)
+    for name, value in chance(8).items():
+        assert found[name].value == pytest.approx(value, abs=0.015)
+    with pytest.raises(ValueError, match="at least one class, got 0"):
+        chance(0)
 
 
 def test_majority_is_chosen_on_train_and_scored_on_test() -> None:
     # Commonest in train is 5; in test it is 2.
-    assert majority(torch.tensor([2, 5, 5, 9]), torch.tensor([2, 2, 2, 5])) == 0.25
+    assert majority(torch.tensor([2, 5, 5, 9]), torch.tensor([2, 2, 2, 5]))["top1"] == 0.25
     # Commonest in train of two equals: the lower.
-    assert majority(torch.tensor([9, 9, 5, 5]), torch.tensor([5, 9, 9, 9])) == 0.25
-    with pytest.raises(ValueError, match=r"^train_labels must be \(N,\) with N >= 1, got \(0,\)"):
+    assert majority(torch.tensor([9, 9, 5, 5]), torch.tensor([5, 9, 9, 9]))["top1"] == 0.25
+    with pytest.raises(ValueError, match=r"^train_labels must be one-dimensional with at least one, got \(0,\)"):
         majority(torch.tensor([]), torch.tensor([1]))
+
+
+def test_majority_has_the_metrics_of_scores_that_are_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.rand(rows, generator=generator).square().mul(9).long() * 7 for rows in (500, 200))
+    classes, counts = torch.unique(train, return_counts=True)
+    found = classification(counts.expand(200, -1).double(), test, classes, samples=0)
+    assert majority(train, test) == {name: metric.value for name, metric in found.items()}
+    assert 0 < found["top1"].value < found["top5"].value < 1
 
 
 def scored(rows: int, classes: int, present: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -197,6 +222,51 @@ def test_map_and_auc_equal_sklearn(decimals: int) -> None:
     draws = torch.randint(150, (300, 150), generator=torch.Generator().manual_seed(0))
     values = [multilabel(scores[rows], labels[rows], samples=0)["map"].value for rows in draws]
     assert found["map"].interval == pytest.approx(np.quantile(values, [0.025, 0.975]))
+
+
+def naive_multilabel(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """By their definitions, sample by sample."""
+    precisions, areas = [], []
+    for column, truth in zip(scores.T.tolist(), labels.T.tolist(), strict=True):
+        ours = [score for score, has in zip(column, truth, strict=True) if has]
+        others = [score for score, has in zip(column, truth, strict=True) if not has]
+        if ours:
+            terms = [sum(x >= score for x in ours) / sum(x >= score for x in column) for score in ours]
+            precisions.append(sum(terms) / len(terms))
+        if ours and others:
+            wins = [(own > other) + (own == other) / 2 for own in ours for other in others]
+            areas.append(sum(wins) / len(wins))
+    return sum(precisions) / len(precisions), sum(areas) / len(areas)
+
+
+@pytest.mark.parametrize("decimals", [0, 4])
+def test_map_and_auc_of_resamples_equal_the_naive_ones(decimals: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.rand(40, 5, generator=generator) < torch.tensor([0.05, 0.2, 0.5, 0.9, 1.0])
+    scores = (torch.randn(40, 5, generator=generator) + labels).round(decimals=decimals)
+    groups = torch.arange(40) // 2
+    found = multilabel(scores, labels, groups=groups, samples=60)
+    drawn = []
+    for weights in resamples(40, groups, 60, seed=0):
+        for counts in weights:
+            rows = torch.arange(40).repeat_interleave(counts.long())
+            drawn.append(naive_multilabel(scores[rows], labels[rows]))
+    for i, name in enumerate(("map", "auc")):
+        assert found[name].value == pytest.approx(naive_multilabel(scores, labels)[i], abs=1e-12)
+        expected = np.quantile([each[i] for each in drawn], [0.025, 0.975])
+        assert found[name].interval == pytest.approx(expected, abs=1e-12)
+
+
+def test_columns_are_resampled_together() -> None:
+    values = torch.stack([bernoulli(50, 0.5), bernoulli(50, 0.8, seed=1)], 1).double()
+    groups = torch.arange(50) // 5
+    means = resampled_means(values, groups, 200, seed=3)
+    assert means.shape == (200, 2)
+    for column, each in zip(values.T, means.T, strict=True):
+        assert percentiles(each) == bootstrap_interval(column, groups=groups, samples=200, seed=3)
+    assert torch.equal(
+        resampled_means(values[:, :1] - values[:, 1:], groups, 200, 3)[:, 0] > 0, means[:, 0] > means[:, 1]
+    )
 
 
 def test_metrics_refuse_what_they_cannot_score() -> None:

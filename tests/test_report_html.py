@@ -102,6 +102,36 @@ def test_only_shares_are_in_per_cent(metric: str, share: bool) -> None:
     assert (row.share, row.number) == (share, "50.0" if share else "0.5")
 
 
+@pytest.mark.parametrize(
+    ("metric", "interval", "number", "spread", "verdict"),
+    [
+        ("gain", [0.0075, 0.0425], "+2.2", "+0.8 to +4.2", "fusing: helps"),
+        ("gain", [-0.95, -0.7825], "+2.2", "-95.0 to -78.2", "fusing: hurts"),
+        ("gain", [0.0, 0.04], "+2.2", "+0.0 to +4.0", "fusing: unclear"),
+        ("gain", None, "+2.2", "", ""),
+        ("spread_5shot", None, "2.2", "", ""),
+    ],
+)
+def test_gains_and_spreads_are_in_points(
+    metric: str, interval: list[float] | None, number: str, spread: str, verdict: str
+) -> None:
+    entry = {"metrics": {metric: {"value": 0.0221, "interval": interval}}, "baselines": {"raw": {metric: 0.5}}}
+    (row,) = markdown.families({"results": {"fusion/concat": entry}})["fusion"].rows
+    assert (row.number, row.range, row.verdict, row.share) == (number, spread, verdict, False)
+    page = html.render({"results": {"fusion/concat": entry}}, {"schema": 1, "left_out": []})
+    assert f'<td class="number value">{number}</td>' in page
+
+
+def test_what_a_missing_modality_does_has_tables_of_its_own() -> None:
+    entry = {"metrics": {"top1": {"value": 0.5, "interval": None}}}
+    names = ("fusion/concat", "fusion/concat_without_image", "fusion/vote_without_image", "fusion/vote")
+    found = markdown.families({"results": dict.fromkeys(names, entry)})
+    assert {name: [row.variant for row in family.rows] for name, family in found.items()} == {
+        "fusion": ["concat", "vote"],
+        "fusion without image": ["concat", "vote"],
+    }
+
+
 class Elements(HTMLParser):
     """Tags with their attributes, and the text outside of scripts and styles."""
 

@@ -629,6 +629,36 @@ def test_models_that_read_neither_are_refused(tmp_path: Path, tokenizer: PreTrai
         load_scored(name)
 
 
+@pytest.mark.parametrize("make", [bert, clip])
+def test_a_tokenizer_that_is_missing_is_no_tokenizer_of_special_tokens(
+    make: Callable[..., str], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    name = make(tmp_path, tokenizer)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(EncoderError, match=r"its tokenizer has no words: tokenizer\.json"):
+        load_scored(name)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", "x"), ("patch_size", 0)])
+def test_a_config_that_makes_no_model_is_named(
+    key: str, value: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    name = vit(tmp_path, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(EncoderError, match=f"{tmp_path}: a model in safetensors can't be loaded"):
+        load_scored(name)
+
+
+def test_an_image_processor_without_numbers_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    name = vit(tmp_path, tokenizer)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": "x"}))
+    with pytest.raises(EncoderError, match="its image processor's mean or standard deviation"):
+        load_scored(name)
+
+
 def test_an_export_with_the_wrong_model_in_a_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     vit(tmp_path / "audio", tokenizer)
     with pytest.raises(EncoderError, match="a model that reads image; one of audio is needed"):

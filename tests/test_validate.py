@@ -275,7 +275,7 @@ def jobs(keys: Iterable[str], tmp_path: Path) -> list[Job]:
 
 
 def test_a_crash_or_a_stuck_decoder_costs_one_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "PATIENCE", 1.5)
+    monkeypatch.setattr(crew_module, "PATIENCE", 4.0)
     monkeypatch.setattr(crew_module, "_CHUNK", 5)
     keys = ["", "crash", "bad", "hang", "crash", "", "", "", "bad", "crash", *[""] * 30]
     given = jobs(keys, tmp_path)
