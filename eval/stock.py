@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from data.batch import Field
+from data.manifest import check_folder
 from data.transforms import FRAME, HOP, SAMPLE_RATE, AudioView, ImageView, TextView, Views
 from eval.scored import LAST, Encoded, EncoderError, Scored, always_the_same, read_config, tensors_digest
 
@@ -395,6 +396,7 @@ def _streams(name: str) -> dict[str, Stream]:
 
 def _load(name: str, kind: Any = AutoModel) -> Any:
     """A whole model in float32, from safetensors alone; says how many tensors it has."""
+    check_folder(Path(name))  # weights with a flipped bit would load without a word
     model, info = _stock(
         kind.from_pretrained,
         name,

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data.manifest import MANIFEST
 from data.stream import STATE
 from eval.report import SCHEMA as RESULTS_SCHEMA
 from eval.report import Results, table
 from pretrain.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from pretrain.exports.folders import FOLDERS, absent_of
 from pretrain.exports.graphs import OPSET
-from pretrain.exports.manifest import MANIFEST
 from pretrain.exports.subject import Subject
 from pretrain.model.encoder import SCHEMA as ENCODER_SCHEMA
 

@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from data.errors import UserError
+from data.manifest import ManifestError, check, write_manifest
 from data.source import Source
 from data.stream import open_split, open_train
 from data.text import load_tokenizer, train_tokenizer
@@ -46,7 +47,7 @@ from pretrain.checkpoint import find_checkpoint, load_encoder
 from pretrain.config import load_config
 from pretrain.exports.folders import FOLDERS, INPUTS, check_names, folders_of
 from pretrain.exports.graphs import check_onnx, write_onnx
-from pretrain.exports.manifest import BESIDE, check, check_replaceable, write_manifest
+from pretrain.exports.place import BESIDE, check_replaceable
 from pretrain.exports.streams import save_tokenizer
 from pretrain.exports.subject import ExportError, Subject, resized, rounded
 from pretrain.exports.verify import TEXTS, Sample, make_inputs, random_samples, real_samples, verify
@@ -169,7 +170,7 @@ def find_whole(given: Exportable, out: Path, names: Sequence[str] | None = None)
     folders = list(folders_of(subject, names))
     try:
         same = check(out).get("source") == _source(subject, given.about, folders)
-    except ExportError:
+    except ManifestError:
         return None
     return {name: out / name for name in folders} if same else None
 
@@ -320,7 +321,8 @@ def push(out: Path, repo: str) -> str:
         its address.
 
     Raises:
-        ExportError: the export is damaged, or the hub refuses.
+        ManifestError: the export is damaged.
+        ExportError: the hub refuses.
     """
     check(out)
     api = HfApi()

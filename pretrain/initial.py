@@ -4,6 +4,7 @@ LayerNorm's epsilon stays ours, 1e-6; stock ones are 1e-12 to 1e-5, which change
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from data.errors import UserError
+from data.manifest import check_folder
 from pretrain.model.encoder import Encoder
 from pretrain.stock import PAIRS, POSITIONS
 
@@ -37,6 +39,7 @@ def load_initial(encoder: Encoder, given: Mapping[str, str]) -> None:
     Raises:
         InitialError: another kind of model, other sizes, weights that are missing, or several modalities for one set
             of blocks.
+        ManifestError: the folder is of an export, and damaged.
     """
     if unknown := set(given) - set(encoder.views.used):
         raise InitialError(f"init_from.{min(unknown)}: allowed are {', '.join(encoder.views.used)}")
@@ -47,6 +50,7 @@ def load_initial(encoder: Encoder, given: Mapping[str, str]) -> None:
         )
     copies: list[tuple[Tensor, Tensor]] = []
     for modality, name in given.items():
+        check_folder(Path(name))  # weights with a flipped bit would load without a word
         found = _copies(encoder, modality, name)
         print(f"initial   {modality} from {name}: loaded {len(found)}/{len(found)} tensors")
         copies += found

@@ -32,7 +32,6 @@ from pretrain import trackers
 from pretrain.checkpoint import find_checkpoint, find_last, load_checkpoint
 from pretrain.config import Config, ConfigError, to_yaml
 from pretrain.explain import differences
-from pretrain.exports.manifest import check_folder
 from pretrain.initial import load_initial
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import Vocabulary
@@ -245,8 +244,6 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
     if resumed_from is None:
-        for name in config.init_from.values():
-            check_folder(Path(name))  # weights with a flipped bit would load without a word
         load_initial(encoder, config.init_from)
     encoder.recompute = config.train.recompute
     continues = continues_word(tokenizer) if config.objectives.masked_language.whole_words else None

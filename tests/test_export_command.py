@@ -26,8 +26,10 @@ import pretrain.export
 import pretrain.exports.folders
 from data.batch import Field
 from data.errors import UserError
+from data.manifest import ManifestError, check, check_folder
 from data.text import train_tokenizer
 from data.transforms import AudioView, ImageView
+from eval.encoders import load_scored
 from eval.report import write_results
 from objectives.contrastive import ContrastiveConfig
 from objectives.pretraining import ObjectivesConfig
@@ -36,7 +38,7 @@ from pretrain.config import load_config
 from pretrain.export import Exportable, check_exportable, export, find_whole, main, push, read_exportable, sample_of
 from pretrain.exports import graphs
 from pretrain.exports.folders import FOLDERS, folders_of
-from pretrain.exports.manifest import check, check_folder, check_replaceable
+from pretrain.exports.place import check_replaceable
 from pretrain.exports.subject import ExportError, Subject, resized
 from pretrain.exports.verify import make_inputs, random_samples, verify
 from pretrain.initial import resize_grid
@@ -404,10 +406,12 @@ def test_a_folder_of_an_export_is_known_as_damaged(exported: Path, tmp_path: Pat
     for name in ("image", "embed_text", "text/masked_lm"):
         check_folder(out / name)
     words = damage(out, "a byte")
-    with pytest.raises(ExportError, match=words):
+    with pytest.raises(ManifestError, match=words):
         check_folder(out / "embed_text")
+    with pytest.raises(ManifestError, match=words):
+        load_scored(str(out))
     (out / "text" / "masked_lm" / "config.json").unlink()
-    with pytest.raises(ExportError, match=r"text/masked_lm/config\.json: missing"):
+    with pytest.raises(ManifestError, match=r"text/masked_lm/config\.json: missing"):
         check_folder(out / "text" / "masked_lm")
     (out / "image" / "more.txt").write_text("mine")
     check_folder(out / "image")
@@ -519,7 +523,7 @@ def test_a_whole_export_is_pushed_to_a_private_repository(
     assert {"image/*", "text/*", "onnx/*"} < set(sent["delete_patterns"])  # nothing of an earlier one is left over
     with pytest.raises(ExportError, match=r"--push-to-hub encoder: a name needs an owner; the export is in"):
         push(exported, "encoder")
-    with pytest.raises(ExportError, match="no whole export"):
+    with pytest.raises(ManifestError, match="no whole export"):
         push(tmp_path, "me/encoder")
     assert FakeHub.calls == []
     monkeypatch.setattr(pretrain.export, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))

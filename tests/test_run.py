@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from data.manifest import check
 from objectives.pretraining import Pretraining
 from pretrain.config import load_config
 from pretrain.explain import commented_yaml
-from pretrain.exports.manifest import check
 from pretrain.run import closing_screen, main
 from tests.tiny import CAPTIONS, CLASSES, COUNTS, write_recipe
 
