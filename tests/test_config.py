@@ -1,3 +1,5 @@
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,8 @@ import pytest
 from data.digits import CLASS_NAMES, TEMPLATES
 from data.stream import SourceConfig
 from data.transforms import AudioView
-from pretrain.config import RECIPES, ConfigError, TrainConfig, find_recipe, given_yaml, load_config, to_yaml
+from pretrain.config import RECIPES, Config, ConfigError, TrainConfig, find_recipe, given_yaml, load_config, to_yaml
+from pretrain.explain import Setting
 
 DIGITS = RECIPES / "digits.yaml"
 
@@ -575,3 +578,21 @@ def test_what_was_given_is_a_recipe_of_the_same_run(tmp_path: Path, overrides: l
 
 def test_an_empty_place_to_resume_from_is_refused() -> None:
     assert refusal("resume=''").startswith("resume=: allowed are auto, none, or the path of a checkpoint or run")
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    files = (path for folder in ("pretrain", "objectives", "data", "eval") for path in (root / folder).rglob("*.py"))
+    code = "\n".join(path.read_text() for path in files)
+
+    def keys(section: Setting) -> Iterator[str]:
+        for setting in section.children():
+            if setting.section is None:
+                yield setting.key
+            else:
+                yield from keys(setting.children()[0] if setting.named else setting)
+
+    found = list(keys(Setting("", Config, None, "")))
+    assert len(found) > 100
+    read = {key: rf'\.{name}\b(?! *=[^=])|getattr\(\w+, "{name}"' for key in found for name in [key.split(".")[-1]]}
+    assert [key for key, pattern in read.items() if not re.search(pattern, code)] == []
