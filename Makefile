@@ -4,8 +4,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCH := .venv-bench/.installed
 
-.PHONY: help install demo test docs clean
+.PHONY: help install demo test docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
@@ -31,8 +32,18 @@ test: $(INSTALLED) ## Style, types, import directions and tests, with coverage
 docs: $(INSTALLED) ## Build the documentation: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+$(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/torchvision_names.py
+	@echo "installing the peers into .venv-bench: some minutes"
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[fast]'
+	.venv-bench/bin/python benchmarks/peers.py install
+	@touch $@
+
+bench: $(BENCH) ## Measure beside peers; ONLY="step loader" some of it, QUICK=1 tiny, DATA=FOLDER for learning
+	.venv-bench/bin/python benchmarks/run.py --only $(ONLY) $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA))
+
 clean: ## Remove the environments, built shards, runs and documentation
-	rm -rf .venv shards runs site
+	rm -rf .venv .venv-bench shards runs site
 
 # One process; spelt out, the launcher has nothing to warn about, and quiet, it adds no traceback to our messages.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

@@ -1,15 +1,22 @@
-"""How much work reading is: our stream beside a plain webdataset pipeline on the same shards, in turn, in CPU seconds.
+"""How much work reading is: our stream beside plain webdataset, `datasets` and open_clip's, in turn, in CPU seconds.
 
-    python benchmarks/loader.py                 # minutes on 2 CPU cores; the figures of benchmarks/README.md
-    python benchmarks/loader.py --samples 300 --memory-samples 5000 --rounds 2      # a quick look
+    python benchmarks/loader.py                 # 10 minutes on 2 CPU cores
+    python benchmarks/loader.py --samples 600 --memory-samples 5000 --rounds 2      # a quick look
 
 The plain pipeline is what one writes with webdataset, PIL and transformers: decode, resize, normalise to float32, and
-make a log-mel spectrogram, all per sample, then stack. Ours ships integers and does the rest for whole batches. Both
-end with the same tensors: float images, token ids, log-mel. Since most of the plain one's time goes into
-`ASTFeatureExtractor`, a second line gives it our own log-mel. The last line is one JSON object with the ratios.
+make a log-mel spectrogram, all per sample, then stack. `datasets` streams the same shards and has the same done to each
+sample. Ours ships integers and does the rest for whole batches. All end with the same tensors: float images, token ids,
+log-mel. Since most of the others' time goes into `ASTFeatureExtractor`, a second line gives them our own log-mel.
+open_clip's training pipeline reads images and texts alone, with its own tokenizer and the transform that does not crop;
+beside it, ours reads these two. Both it and ours shuffle, the other two read in order.
+
+"First batch" is from naming the shards to the first batch of 256 with two workers, imports excluded; "memory" is what
+these two workers hold for themselves at the most while they read an epoch. Each is measured in a process of its own.
+Where a peer is absent, its line says why. The last line is one JSON object with the ratios.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -19,22 +26,28 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
+if __name__ in ("__main__", "__mp_main__"):  # launched by path: the project's root, not this folder, has the packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import datasets  # type: ignore[import-untyped]
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import soundfile
 import soxr
 import torch
 import webdataset
 from PIL import Image
 from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import ASTFeatureExtractor, PreTrainedTokenizerBase
 
+from benchmarks.measure import Spread, in_group, in_turn, ratio, spread, table
+from benchmarks.peers import MissingPeerError, load
 from data import decode
 from data.batch import Field
 from data.index import find_shards, load_shards
@@ -42,13 +55,14 @@ from data.order import Order, Supply
 from data.shards import write_shards
 from data.source import Source
 from data.stream import DataConfig, Stream
-from data.text import train_tokenizer
+from data.text import load_tokenizer, train_tokenizer
 from data.transforms import SAMPLE_RATE, AudioView, ImageView, LogMel, OnDevice, TextView, Views
 
-BATCH = 256
+BATCH, WORKERS = 256, 2
 SIDE, SECONDS = 256, 1.0
 IMAGE, AUDIO = ImageView(size=224), AudioView(frames=100, mels=128)
 VIEWS = Views(IMAGE, TextView(max_tokens=32), AUDIO)
+PAIRS = Views(IMAGE, VIEWS.text, None)
 WORDS = ("a", "photo", "of", "one", "red", "large", "old", "new", "cat", "dog", "tree", "house", "in", "the", "rain")
 
 
@@ -88,46 +102,147 @@ def own_mel() -> Callable[[Any], torch.Tensor]:
     return lambda sound: module(Field(torch.from_numpy(sound)[None] * 32768, torch.arange(1)), None).x[0]
 
 
-class Plain:
+class Usual:
     """The usual way: everything per sample, in float32."""
 
-    def __init__(self, shards: list[str], tokenizer: PreTrainedTokenizerBase, stock: bool) -> None:
-        self.shards, self.tokenizer = shards, tokenizer
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, stock: bool = True) -> None:
+        self.shards, self.tokenizer = shards_in(folder), tokenizer
         self.mel = stock_mel() if stock else own_mel()
 
-    def sample(self, sample: dict[str, Any]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    def sample(self, jpeg: bytes, caption: str, flac: bytes) -> tuple[torch.Tensor, list[int], torch.Tensor]:
         """Float pixels (3, 224, 224), token ids and a log-mel spectrogram (frames, mels)."""
-        image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-        ids = self.tokenizer(sample["txt"].decode(), truncation=True, max_length=32)["input_ids"]
-        sound, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        ids = self.tokenizer(caption, truncation=True, max_length=32)["input_ids"]
+        sound, rate = soundfile.read(io.BytesIO(flac), dtype="float32")
         if rate != SAMPLE_RATE:
             sound = soxr.resample(sound, rate, SAMPLE_RATE)
         return pixels, ids, self.mel(sound)
 
+    def batches(self, workers: int) -> Iterable[Any]:
+        """An epoch, whole batches only."""
+        return iter(DataLoader(Whole(self.samples, self.tokenizer), batch_size=None, num_workers=workers))
+
+    def samples(self) -> Iterator[Any]:
+        """Of the shards that fall to this worker."""
+        raise NotImplementedError
+
+
+class Whole(IterableDataset[Any]):
+    """Stacks samples to whole batches."""
+
+    def __init__(self, samples: Callable[[], Iterator[Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.samples, self.tokenizer = samples, tokenizer
+
     def __iter__(self) -> Iterator[Any]:
-        data = iter(webdataset.WebDataset(self.shards, shardshuffle=False).map(self.sample))
-        while len(batch := list(itertools.islice(data, BATCH))) == BATCH:  # as ours: whole batches only
+        data = self.samples()
+        while len(batch := list(itertools.islice(data, BATCH))) == BATCH:
             images, ids, sounds = zip(*batch, strict=True)
-            yield (
-                torch.stack(images),
-                self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"),
-                torch.stack(sounds),
-            )
+            padded = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt")
+            yield torch.stack(images), padded["input_ids"], torch.stack(sounds)
+
+
+class Plain(Usual):
+    """webdataset."""
+
+    def samples(self) -> Iterator[Any]:
+        """In order."""
+        data = webdataset.WebDataset(self.shards, shardshuffle=False)
+        return (self.sample(each["jpg"], each["txt"].decode(), each["flac"]) for each in data)
+
+
+class Streaming(Usual):
+    """`datasets`."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, stock: bool = True) -> None:
+        super().__init__(folder, tokenizer, stock)
+        # As bytes, to be decoded as everywhere here: its own decoding of sounds needs torchcodec, and that CUDA.
+        kinds = {"__key__": "string", "__url__": "string", "jpg": "binary", "txt": "string", "flac": "binary"}
+        self.data: Any = datasets.load_dataset(
+            "webdataset",
+            data_files={"train": self.shards},
+            split="train",
+            streaming=True,
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+        )
+
+    def samples(self) -> Iterator[Any]:
+        """In order; it divides shards among workers itself."""
+        return (self.sample(each["jpg"], each["txt"], each["flac"]) for each in self.data)
+
+
+class OpenClip:
+    """open_clip's training pipeline, as its trainer makes it; images and texts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shards = shards_in(folder)
+        self.count = sum(index.samples for index in load_shards(find_shards(self.shards)))
+        self.package = load("open_clip")
+        self.train = cast(Any, load("open_clip_train.data"))
+        # It was made for webdataset before 1.0, which had no marks between the files of one shard and of the next.
+        expand = self.train.tar_file_expander
+        self.train.tar_file_expander = lambda *given, **named: (
+            each for each in expand(*given, **named) if "fname" in each
+        )
+
+    def batches(self, workers: int) -> Iterable[Any]:
+        """An epoch."""
+        options = argparse.Namespace(
+            train_data="::".join(self.shards),
+            train_num_samples=self.count // BATCH * BATCH,
+            train_data_upsampling_factors=None,
+            dataset_resampled=False,
+            seed=0,
+            batch_size=BATCH,
+            workers=workers,
+            world_size=1,
+        )
+        transform = self.package.image_transform(224, is_train=False)
+        tokenizer = self.package.SimpleTokenizer(context_length=32)
+        made = self.train.get_wds_dataset(options, transform, is_train=True, tokenizer=tokenizer, floor=workers > 0)
+        loader: Iterable[Any] = made.dataloader
+        return loader
 
 
 class Ours:
     """The project's stream, and the device's half of the views."""
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-        config = DataConfig(views=VIEWS, workers=0)
-        self.stream = Stream([source], config, tokenizer, seed=0, batch_size=BATCH)
-        self.steps = len(source) // BATCH
-        self.on_device = OnDevice(VIEWS)
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, views: Views = VIEWS) -> None:
+        self.source = Source(load_shards(find_shards(shards_in(folder))))
+        self.tokenizer, self.views = tokenizer, views
 
-    def __iter__(self) -> Iterator[Any]:
-        for batch in itertools.islice(self.stream, self.steps):
-            yield self.on_device(batch)
+    def batches(self, workers: int) -> Iterator[Any]:
+        """An epoch, whole batches only."""
+        config = DataConfig(views=self.views, workers=workers)
+        stream = Stream([self.source], config, self.tokenizer, seed=0, batch_size=BATCH)
+        on_device, steps = OnDevice(self.views), len(self.source) // BATCH
+        return map(on_device, itertools.islice(stream.batches() if workers else stream, steps))
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Those to train on."""
+    return [str(path) for path in sorted(folder.glob("train-*.tar"))]
+
+
+def make(name: str, folder: Path) -> Usual | OpenClip | Ours:
+    """A side by its name."""
+    if name == "open_clip":
+        return OpenClip(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if name.startswith("ours"):
+        return Ours(folder, tokenizer, VIEWS if name == "ours" else PAIRS)
+    side = Plain if name.startswith("webdataset") else Streaming
+    return side(folder, tokenizer, stock="our log-mel" not in name)
+
+
+# Rows of tables: the side that is compared, and what of ours it is compared with.
+AGAINST = {
+    "webdataset": "ours",
+    "webdataset, our log-mel": "ours",
+    "datasets": "ours",
+    "datasets, our log-mel": "ours",
+    "open_clip": "ours, image and text",
+}
 
 
 def read_plain(shards: list[str]) -> int:
@@ -156,19 +271,31 @@ def cpu_ms(action: Callable[[], int]) -> float:
     return 1000 * (time.process_time() - before) / count
 
 
-def exhaust(batches: Any) -> int:
-    """Run through; returns how many samples there were."""
-    return BATCH * sum(1 for _ in batches)
+def exhaust(side: Usual | OpenClip | Ours) -> int:
+    """Run through an epoch in this process; returns how many samples there were."""
+    return BATCH * sum(1 for _ in side.batches(0))
 
 
-def compare(ours: Callable[[], int], plain: Callable[[], int], rounds: int) -> tuple[float, float, float]:
-    """Median CPU milliseconds per sample of each, and the median of their ratios, timed alternately."""
-    pairs = [(cpu_ms(ours), cpu_ms(plain)) for _ in range(rounds + 1)][1:]  # the first warms up
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(b / a for a, b in pairs),
-    )
+def start_and_memory(name: str, folder: Path) -> tuple[float, float]:
+    """Seconds to the first batch of two workers, and the most megabytes that these hold for themselves in an epoch."""
+    # Linux's own way, and the one that peers are made for; a process that was spawned would spawn its workers.
+    multiprocessing.set_start_method("fork", force=True)
+    begun = time.perf_counter()
+    batches = iter(make(name, folder).batches(WORKERS))
+    next(batches)
+    seconds, most = time.perf_counter() - begun, own_megabytes()
+    for _ in batches:
+        most = max(most, own_megabytes())
+    return seconds, most
+
+
+def own_megabytes() -> float:
+    """Of this process's children together: memory that would be free without them."""
+    held = 0
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            held += child.memory_full_info().uss
+    return held / 1e6
 
 
 def collate_ms(tokenizer: PreTrainedTokenizerBase, rounds: int) -> tuple[float, float, float]:
@@ -200,15 +327,6 @@ def collate_ms(tokenizer: PreTrainedTokenizerBase, rounds: int) -> tuple[float, 
         last.append(1000 * (after - middle))
         batching.append(1000 * (after - before - (before - start)))
     return statistics.median(last), statistics.median(batching), statistics.median(stacked)
-
-
-def first_batch_seconds(source: Source, tokenizer: PreTrainedTokenizerBase) -> float:
-    """From asking for batches to the first one of 8 samples, with two workers."""
-    config = DataConfig(views=VIEWS, workers=2)
-    stream = Stream([source], config, tokenizer, seed=0, batch_size=8)
-    before = time.perf_counter()
-    next(stream.batches())
-    return time.perf_counter() - before
 
 
 def ordering() -> tuple[float, float]:
@@ -253,62 +371,85 @@ def small_samples(count: int) -> Iterator[dict[str, bytes | str]]:
         yield {"__key__": f"{number:06d}", "png": png.getvalue(), "txt": b"a red square", "wav": wav.getvalue()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the tables and the JSON line."""
-    parser = argparse.ArgumentParser(description="Compare reading with a plain webdataset pipeline.")
-    parser.add_argument("--samples", type=int, default=2000, help="JPEG, caption and second of sound each")
+    parser = argparse.ArgumentParser(description="Compare reading.")
+    parser.add_argument("--samples", type=int, default=2048, help="JPEG, caption and second of sound each")
     parser.add_argument("--memory-samples", type=int, default=100_000, help="small ones, for the memory of a worker")
     parser.add_argument("--rounds", type=int, default=5, help="times that each pipeline runs, in turn")
-    arguments = parser.parse_args()
+    given = parser.parse_args(argv)
+    if given.samples < WORKERS * BATCH:
+        parser.error(f"--samples {given.samples}: allowed is {WORKERS * BATCH} or more, a batch for each worker")
     # CPU seconds, not speed: further threads would only add their waiting, most of all to NumPy's small products.
     torch.set_num_threads(1)
     threadpool_limits(1)
+    datasets.utils.logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer = train_tokenizer([" ".join(WORDS)] * 100, 400)
-        shards = [str(path) for path in write_shards(samples(arguments.samples), folder / "train", max_samples=500)]
-        source = Source(load_shards(shards))
+        tokenizer.save_pretrained(folder / "tokenizer")
+        # As many samples for each worker, and none of them with less than a batch.
+        written = write_shards(samples(given.samples), folder / "train", max_samples=-(-given.samples // (2 * WORKERS)))
+        shards = [str(path) for path in written]
         print(
-            f"{len(source)} samples in {len(shards)} shards, JPEG by {'simplejpeg' if decode.simplejpeg else 'PIL'}\n"
+            f"{given.samples} samples in {len(shards)} shards, JPEG by {'simplejpeg' if decode.simplejpeg else 'PIL'}"
         )
 
-        print(f"whole batches of {BATCH}; one thread\n{'CPU ms per sample':32} {'ours':>8} {'plain':>8} {'ratio':>8}")
-
-        def ours() -> int:
-            return exhaust(Ours(source, tokenizer))
-
-        rows: dict[str, tuple[Callable[[], int], Callable[[], int]]] = {
-            "end to end": (ours, lambda: exhaust(Plain(shards, tokenizer, stock=True))),
-            "end to end, our log-mel in both": (ours, lambda: exhaust(Plain(shards, tokenizer, stock=False))),
-            "reading bytes": (lambda: read_ours(shards), lambda: read_plain(shards)),
-        }
-        ratios = {}
-        for name, (one, other) in rows.items():
-            a, b, ratios[name] = compare(one, other, arguments.rounds)
-            print(f"{name:32} {a:8.3f} {b:8.3f} {ratios[name]:7.2f}x", flush=True)
+        sides, absent = {}, dict[str, str]()
+        for name in (*dict.fromkeys(AGAINST.values()), *AGAINST):
+            try:
+                sides[name] = make(name, folder)
+            except MissingPeerError as error:
+                absent[name] = str(error)
+        actions = {name: partial(cpu_ms, partial(exhaust, side)) for name, side in sides.items()}
+        actions |= {"ours, bytes": partial(cpu_ms, lambda: read_ours(shards))}
+        actions |= {"webdataset, bytes": partial(cpu_ms, lambda: read_plain(shards))}
+        rounds = in_turn(actions, given.rounds)
+        starts = [
+            {name: in_group(1, 1, start_and_memory, name, folder)[0] for name in sides if "log-mel" not in name}
+            for _ in range(given.rounds)
+        ]
+        against = {**AGAINST, "webdataset, bytes": "ours, bytes"}
+        lines = []
+        for name in rounds[0]:
+            ours = against.get(name)
+            times = "-" if ours is None else f"{ratio(rounds, name, ours):.2f}x"
+            line = [name, spread(rounds, name).show(3), times]
+            if name in starts[0]:
+                line.append(Spread.of([row[name][0] for row in starts]).show(2))
+                line.append(Spread.of([row[name][1] for row in starts]).show())
+            lines.append([*line, *["-"] * (5 - len(line))])
+        lines += [[name, f"absent: {reason}", "", "", ""] for name, reason in absent.items()]
+        header = ["", "CPU ms per sample (quartiles)", "times ours", "s to the first batch", "MB of two workers"]
+        print(f"whole batches of {BATCH}; one thread\n\n{table(header, lines)}", flush=True)
 
         collated, batching, stacked = collate_ms(tokenizer, 20)
-        print(f"\n{'to collate 256 images of 224 px':32} {collated:8.2f} ms after the last one is decoded")
-        print(f"{'  with writing each to its place':32} {batching:8.2f} ms")
-        print(f"{'the same by torch.stack':32} {stacked:8.2f} ms after the last one is decoded")
-        print(f"{'first batch of two workers':32} {first_batch_seconds(source, tokenizer):8.2f} s")
         seconds, megabytes = ordering()
-        print(f"{'ordering 10 million samples':32} {seconds:8.2f} s, {megabytes:.0f} MB")
+        others = [
+            ["to collate 256 images of 224 px, when the last is decoded", f"{collated:.2f} ms"],
+            ["the same with writing each to its place", f"{batching:.2f} ms"],
+            ["the same by torch.stack", f"{stacked:.2f} ms"],
+            ["ordering 10 million samples", f"{seconds:.2f} s, {megabytes:.0f} MB"],
+        ]
+        print(table(["of ours", ""], others), flush=True)
 
-        write_shards(small_samples(arguments.memory_samples // 10), folder / "small", max_samples=1000)
-        held = memory_growth(folder, arguments.memory_samples, tokenizer)
-        print(f"\n{'samples read by a worker':32} " + " ".join(f"{seen:>7}" for seen, _ in held))
-        print(f"{'MB of its own':32} " + " ".join(f"{megabytes:7.1f}" for _, megabytes in held))
-        print(
-            json.dumps(
-                {
-                    "end_to_end_ratio": round(ratios["end to end"], 2),
-                    "read_ratio": round(ratios["reading bytes"], 2),
-                    "collate_ms": round(collated, 3),
-                }
-            )
-        )
+        write_shards(small_samples(given.memory_samples // 10), folder / "small", max_samples=1000)
+        held = memory_growth(folder, given.memory_samples, tokenizer)
+        grown = [[f"{seen:,}", f"{megabytes:.1f}"] for seen, megabytes in held]
+        print(table(["samples read by a worker of ours", "MB of its own"], grown))
+        first = {name: statistics.median(row[name][0] for row in starts) for name in starts[0]}
+        figures = {
+            "end_to_end_ratio": ratio(rounds, "webdataset", "ours"),
+            "own_mel_ratio": ratio(rounds, "webdataset, our log-mel", "ours"),
+            "datasets_ratio": ratio(rounds, "datasets", "ours"),
+            "open_clip_ratio": ratio(rounds, "open_clip", "ours, image and text"),
+            "read_ratio": ratio(rounds, "webdataset, bytes", "ours, bytes"),
+            "cpu_ms": round(spread(rounds, "ours").median, 3),
+            "first_batch_s": {name: round(seconds, 2) for name, seconds in first.items()},
+            "collate_ms": round(collated, 3),
+        }
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

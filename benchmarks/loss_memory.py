@@ -1,24 +1,23 @@
 """Memory and time of the contrastive loss: ours beside open_clip's ClipLoss on the same embeddings, timed in turn.
 
-    pip install --no-deps open_clip_torch           # its loss.py is loaded alone: nothing else of it is needed
-    python benchmarks/loss_memory.py                # minutes on 2 CPU cores, 8 GB; the figures of benchmarks/README.md
-    python benchmarks/loss_memory.py --sizes 1024 2048 --rounds 2      # a quick look
+    python benchmarks/loss_memory.py                # 10 minutes on 2 CPU cores, 8 GB
+    python benchmarks/loss_memory.py --sizes 1024 2048 --worlds 1 --rounds 2      # a quick look
 
-One rank, float32, embeddings of width 512 that both normalise. "Saved" is what waits for the backward pass, each
-storage once; "peak" is how far the process grew over a forward and a backward pass, in a process of its own; "time" is
-both passes, the median of rounds. Theirs is left out above `--theirs-up-to` rows or where memory is short. The last
-line is one JSON object with the ratios, ours / theirs, at the largest size that both have.
+float32, embeddings of width 512 that both normalise. "Saved" is what waits for the backward pass, each storage once;
+"peak" is how far the process grew over a forward and a backward pass, in a process of its own; "seconds" is both
+passes. Several ranks share the rows and the threads over gloo, and all is said of the first of them; theirs then has
+``local_loss`` and ``gather_with_grad``, which give the same gradients as ours and take the least memory. Theirs is left
+out above `--theirs-up-to` rows or where memory is short. The last line is one JSON object with the ratios, ours /
+theirs, at the largest size that both have, for each number of ranks.
 """
 
 import argparse
 import json
 import math
-import multiprocessing
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -28,19 +27,23 @@ if __name__ in ("__main__", "__mp_main__"):  # launched by path: the project's r
 
 import psutil  # type: ignore[import-untyped]
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import elapsed, in_group, in_turn, ratio, spread, table
 from benchmarks.peers import MissingPeerError, open_clip
 from objectives.contrastive import TILE, info_nce
+from objectives.gather import world_size
 
 WIDTH = 512
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def open_clip_loss() -> LossFunction:
-    """open_clip's ClipLoss, after the normalising that its models do."""
-    loss: Any = open_clip("loss").ClipLoss()
+    """open_clip's ClipLoss, after the normalising that its models do; of several ranks with its cheaper settings."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    loss: Any = open_clip("loss").ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size())
 
     def clip_loss(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
         value: Tensor = loss(F.normalize(x, dim=-1), F.normalize(y, dim=-1), log_scale.exp())
@@ -49,11 +52,12 @@ def open_clip_loss() -> LossFunction:
     return clip_loss
 
 
-def make_loss(name: str, tile: int) -> LossFunction:
-    """Ours or theirs."""
+def make_loss(name: str, n: int, tile: int) -> LossFunction:
+    """Ours or theirs, of n rows of each rank."""
     if name == "theirs":
         return open_clip_loss()
-    return lambda x, y, log_scale: info_nce(x, y, log_scale, tile=tile)
+    counts = [n] * world_size() if world_size() > 1 else None
+    return lambda x, y, log_scale: info_nce(x, y, log_scale, counts=counts, tile=tile)
 
 
 def make_inputs(n: int) -> list[Tensor]:
@@ -73,9 +77,8 @@ class Held:
 
 def memory(name: str, n: int, tile: int) -> tuple[int, int]:
     """Bytes saved for backward, and bytes by which this process grew at most. Called in a process of its own."""
-    loss = make_loss(name, tile)
-    torch.autograd.backward(loss(*make_inputs(64)))  # what libraries allocate once
-    inputs = make_inputs(n)
+    torch.autograd.backward(make_loss(name, 64, tile)(*make_inputs(64)))  # what libraries allocate once
+    loss, inputs = make_loss(name, n, tile), make_inputs(n)
     saved: WeakSet[Held] = WeakSet()
 
     def hold(tensor: Tensor) -> Held:
@@ -97,58 +100,66 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def seconds(names: list[str], n: int, tile: int, rounds: int) -> dict[str, float]:
-    """Median seconds of forward and backward, in turn; the first round warms up and is not counted."""
-    losses = {name: make_loss(name, tile) for name in names}
+def times(names: list[str], n: int, tile: int, rounds: int) -> list[dict[str, float]]:
+    """Seconds of forward and backward of n rows of each rank, in turn."""
     inputs = make_inputs(n)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds + 1):
-        for name, loss in losses.items():
-            begun = time.perf_counter()
-            torch.autograd.backward(loss(*inputs))
-            times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+    def taken(loss: LossFunction) -> float:
+        if world_size() > 1:
+            dist.barrier()
+        return elapsed(lambda: torch.autograd.backward(loss(*inputs)))
+
+    losses = {name: make_loss(name, n, tile) for name in names}
+    return in_turn({name: partial(taken, loss) for name, loss in losses.items()}, rounds)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measure contrastive losses.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768], help="rows")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="ranks that share the rows")
+    parser.add_argument("--gathered-from", type=int, default=4096, help="rows below which there is only one rank")
     parser.add_argument("--theirs-up-to", type=int, default=16384, help="rows above which only ours is measured")
     parser.add_argument("--tile", type=int, default=TILE, help="rows of similarities in memory at a time, ours")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
-    arguments = parser.parse_args()
-    open_clip_loss()  # says at once if it isn't there
-    tile = arguments.tile
-    # A process of its own for each figure of memory: the largest size so far never falls.
-    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, width {WIDTH}, tile {tile}; MB and seconds")
-    print(f"{'rows':>6} {'':6} {'saved':>8} {'peak':>8} {'time':>8}")
-    last: dict[str, float] = {}
-    for n in arguments.sizes:
-        names = ["ours"]
-        # Two matrices of logits, two of probabilities, their gradients and a temporary.
-        if n <= arguments.theirs_up_to and psutil.virtual_memory().available > 8 * n * n * 4:
-            names.append("theirs")
-        sizes = {name: pool.apply(memory, (name, n, tile)) for name in names}
-        times = pool.apply(seconds, (names, n, tile, arguments.rounds))
-        for name in names:
-            saved, grown = sizes[name]
-            print(f"{n:6} {name:6} {saved / 1e6:8.1f} {grown / 1e6:8.0f} {times[name]:8.3f}", flush=True)
-        if "theirs" in names:
-            last = {
-                "n": n,
-                "saved_bytes_ratio": round(sizes["ours"][0] / sizes["theirs"][0], 4),
-                "time_ratio": round(times["ours"] / times["theirs"], 3),
-            }
-    pool.close()
-    if not last:
-        sys.exit("no size that both were measured at: lower --sizes, or free some memory")
-    print(json.dumps(last))
+    given = parser.parse_args(argv)
+    reason = None
+    try:
+        open_clip_loss()
+    except MissingPeerError as error:
+        reason = str(error)
+    cores = torch.get_num_threads()
+    print(f"{cores} threads in all, width {WIDTH}, tiles of {given.tile} rows; all of the first rank:\n")
+    lines, figures = list[list[str]](), dict[str, Any]()
+    for world in given.worlds:
+        for n in given.sizes:
+            if world > 1 and n < given.gathered_from:
+                continue
+            # One rank: two matrices of logits, two of probabilities, their gradients and a temporary.
+            room = psutil.virtual_memory().available > 8 * n * n * 4
+            both = reason is None and n <= given.theirs_up_to and room
+            names = ["ours", "theirs"] if both else ["ours"]
+            threads, share = max(1, cores // world), n // world
+            # A process of its own for each figure of memory: the largest size so far never falls.
+            sizes = {name: in_group(world, threads, memory, name, share, given.tile)[0] for name in names}
+            rounds = in_group(world, threads, times, names, share, given.tile, given.rounds)[0]
+            for name in names:
+                saved, grown = sizes[name]
+                seconds = spread(rounds, name).show(3)
+                lines.append([f"{n:,}", str(world), name, f"{saved / 1e6:.1f}", f"{grown / 1e6:,.0f}", seconds])
+                print(*lines[-1], sep="\t", file=sys.stderr)
+            if both:
+                suffix = "" if world == 1 else f"_{world}_ranks"
+                figures |= {
+                    f"n{suffix}": n,
+                    f"saved_bytes_ratio{suffix}": round(sizes["ours"][0] / sizes["theirs"][0], 4),
+                    f"time_ratio{suffix}": ratio(rounds, "ours", "theirs"),
+                }
+    print(table(["rows in all", "ranks", "side", "saved MB", "peak MB", "seconds (quartiles)"], lines))
+    if reason is not None:
+        print(f"theirs is absent: {reason}\n")
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MissingPeerError as error:
-        sys.exit(f"error: {error}")
+    main()
