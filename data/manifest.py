@@ -38,7 +38,9 @@ def check(out: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Whether one of an export's folders is as it was written; of a folder that is of no export, nothing is known.
+    """Whether the files that load one of an export's folders are as they were written: not its card, nor folders in it.
+
+    Of a folder that is of no export nothing is known.
 
     Raises:
         ManifestError: files that were written with it are missing or other ones; names each.
@@ -46,8 +48,9 @@ def check_folder(folder: Path) -> None:
     folder = folder.resolve()
     for out in (folder.parent, folder.parent.parent):  # text/masked_lm lies one deeper
         if (out / MANIFEST).is_file():
-            part = f"{folder.relative_to(out)}/"
-            _compare(out, {name: entry for name, entry in _read(out)["files"].items() if name.startswith(part)})
+            files, part = _read(out)["files"], folder.relative_to(out)
+            wanted = {name for name in files if Path(name).parent == part and Path(name).name != "README.md"}
+            _compare(out, {name: files[name] for name in wanted})
             return
 
 

@@ -94,14 +94,14 @@ def _run(arguments: argparse.Namespace) -> None:
         if (shards := getattr(arguments, name)) is not None
     }
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cache = arguments.cache or (None if arguments.out is None else arguments.out / "features")
+    if several and cache is None:
+        raise EvaluationError("several processes need --out or --cache, through which each gets what others computed")
     if several:
         dist.init_process_group("gloo")
     world = World.of_torch()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    cache = arguments.cache or (None if arguments.out is None else arguments.out / "features")
-    if several and cache is None:
-        raise EvaluationError("several processes need --out or --cache, through which each gets what others computed")
     try:
         scored = load_scored(arguments.encoder)
         settings = {"layers": arguments.layers, "poolings": arguments.poolings, "group": arguments.group}

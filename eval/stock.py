@@ -427,7 +427,7 @@ def _stock(load: Callable[..., Any], name: str, what: str, **settings: Any) -> A
     try:
         return load(name, trust_remote_code=False, **settings)
     except _UNLOADABLE as error:
-        raise EncoderError(f"{name}: {what} can't be loaded: {str(error).strip()}") from error
+        raise EncoderError(f"{name}: {what} can't be loaded: {type(error).__name__}: {str(error).strip()}") from error
 
 
 def tokens(states: Tensor) -> Tensor:

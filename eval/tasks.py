@@ -241,7 +241,7 @@ def _guessed(train: Tensor, test: Tensor, metrics: Mapping[str, Metric]) -> dict
         seen = test.any(0)
         return {"chance": {"map": test[:, seen].double().mean().item(), "auc": 0.5}}
     found = {"chance": chance(len(torch.unique(train))), "majority": majority(train, test)}
-    # Accuracies of so many neighbours or shots are accuracies.
+    # Guessing knows neither neighbours nor shots: for top1_k20 and top1_5shot it has its top1.
     kinds = {name: "top1" if name.startswith("top1_") else name for name in metrics}
     return {
         guess: {name: values[kind] for name, kind in kinds.items() if kind in values} for guess, values in found.items()

@@ -126,7 +126,9 @@ def export(
         graphs: dict[str, float] = {}
         if onnx:
             (partial / "onnx").mkdir()
-            graphs = write_onnx(subject, partial / "onnx", make_inputs(encoder.views, tokenizer, sample))
+            streams = [each for each in subject.modalities if any(each in name or name == "joint" for name in folders)]
+            inputs = make_inputs(encoder.views, tokenizer, sample)
+            graphs = write_onnx(subject, partial / "onnx", inputs, streams)
         for name in folders:
             (partial / name / "README.md").write_text(card(name, subject, about, differences, sample.origin))
         (partial / "README.md").write_text(overview(subject, about, differences, graphs))
@@ -165,6 +167,9 @@ def find_whole(given: Exportable, out: Path, names: Sequence[str] | None = None)
         given: what would be exported, in float32.
         out: where the export would be.
         names: of the folders, as for `export`.
+
+    Raises:
+        ExportError: one is named that there can't be.
     """
     subject = Subject(given.encoder, given.tokenizer, given.objectives)
     folders = list(folders_of(subject, names))
@@ -178,7 +183,10 @@ def find_whole(given: Exportable, out: Path, names: Sequence[str] | None = None)
 def _source(subject: Subject, about: About, folders: Sequence[str]) -> str:
     """Hex sha256 of all that decides what an export of these folders consists of, its code included."""
     encoder, here = subject.encoder, Path(__file__).parent
-    code = [*sorted((here / "exports").glob("*.py")), *(here / name for name in ("cards.py", "export.py", "stock.py"))]
+    code = [path for folder in ("exports", "model") for path in sorted((here / folder).glob("*.py"))]
+    code += [
+        here / name for name in ("cards.py", "export.py", "stock.py", "../data/transforms.py", "../eval/report.py")
+    ]
     return digest(
         {
             "weights": [tensors_digest(encoder.state_dict()), tensors_digest(subject.objectives), str(subject.dtype)],
@@ -329,7 +337,7 @@ def push(out: Path, repo: str) -> str:
     try:
         address = api.create_repo(repo, private=True, exist_ok=True)
         # What an earlier export left in these folders would be left over in this one.
-        tops = {name.partition("/")[0] for name in (*FOLDERS, *BESIDE)}
+        tops = {name.partition("/")[0] for name in (*FOLDERS, *BESIDE)} - {"README.md"}
         api.upload_folder(
             repo_id=repo,
             folder_path=out,

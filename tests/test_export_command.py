@@ -413,7 +413,9 @@ def test_a_folder_of_an_export_is_known_as_damaged(exported: Path, tmp_path: Pat
     (out / "text" / "masked_lm" / "config.json").unlink()
     with pytest.raises(ManifestError, match=r"text/masked_lm/config\.json: missing"):
         check_folder(out / "text" / "masked_lm")
+    check_folder(out / "text")
     (out / "image" / "more.txt").write_text("mine")
+    (out / "image" / "README.md").write_text("A better card.")
     check_folder(out / "image")
     check_folder(tmp_path)
     check_folder(Path("google/vit-base"))

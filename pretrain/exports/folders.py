@@ -303,6 +303,6 @@ def folders_of(subject: Subject, names: Sequence[str] | None = None) -> dict[str
 
 
 def absent_of(subject: Subject) -> dict[str, str]:
-    """Those of the subject's modalities that it lacks, and why."""
+    """Name of each folder that a subject can't have -> why."""
     why = {name: folder.absent(subject) for name, folder in FOLDERS.items()}
     return {name: reason for name, reason in why.items() if reason is not None}

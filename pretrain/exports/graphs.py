@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,13 +46,16 @@ def check_onnx() -> None:
         raise ExportError(f"--onnx needs {', '.join(missing)}: pip install -e '.[onnx]'")
 
 
-def write_onnx(subject: Subject, folder: Path, inputs: Inputs) -> dict[str, float]:
+def write_onnx(
+    subject: Subject, folder: Path, inputs: Inputs, streams: Collection[str] | None = None
+) -> dict[str, float]:
     """``onnx/<modality>.onnx`` in float32, for any number of samples (and tokens), each compared with the encoder.
 
     Args:
         subject: its streams are written.
         folder: an existing one.
         inputs: real or random samples to compare with.
+        streams: which of them; all if not given.
 
     Returns:
         modality -> the largest difference under onnxruntime.
@@ -61,7 +64,8 @@ def write_onnx(subject: Subject, folder: Path, inputs: Inputs) -> dict[str, floa
         ExportError: packages that are missing, or a graph whose outputs differ by more than 1e-4.
     """
     check_onnx()
-    return {name: _write(subject, name, folder / f"{name}.onnx", inputs.fields[name]) for name in subject.modalities}
+    wanted = [name for name in subject.modalities if streams is None or name in streams]
+    return {name: _write(subject, name, folder / f"{name}.onnx", inputs.fields[name]) for name in wanted}
 
 
 def _write(subject: Subject, modality: str, path: Path, field: Field) -> float:

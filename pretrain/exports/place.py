@@ -20,7 +20,7 @@ def check_replaceable(out: Path) -> None:
     if not out.is_dir():
         raise ExportError(f"{out} is no folder: choose another one for the export")
     place = out.resolve()
-    if place.is_mount() or place == Path.cwd():
+    if place.is_mount() or Path.cwd().is_relative_to(place):
         what = "where a disk is mounted" if place.is_mount() else "the folder that this was started in"
         raise ExportError(f"{out} is {what}, and can't be replaced: choose a folder in it")
     names = {path.name for path in out.iterdir()}
