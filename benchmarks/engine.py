@@ -12,10 +12,10 @@ the folder for temporary files (TMPDIR).
 - resume: seconds from the call of `pretrain`, in a fresh process, to the end of its first step, with a checkpoint that
   stands at sample 10 million of 3 million in 3,000 shards. These are one shard under many names, so that they take no
   room: the files lie in memory, but all indexes are read and kept as if they differed.
-- stall: what a save costs the loop, which is the copying and the slower steps while the thread writes, as a share of
-  what it costs to save and wait. Steps that follow a save and steps that don't, in turn; a model of 39 million weights.
-  Where training takes every core, the thread takes its time from the steps; --only stall train.threads=1 leaves it a
-  core of two, as training on a GPU does.
+- stall: what a save costs the loop, which is slower steps while the thread copies and writes, as a share of what it
+  costs to save and wait. Steps that follow a save and steps that don't, in turn; a model of 39 million weights. One core
+  is left to the thread, as training on a GPU does; where training takes every core (train.threads=2 on two), the thread
+  takes its time from the steps.
 
 The last line is one JSON object with the ratios, and seconds.
 """
@@ -57,7 +57,7 @@ from pretrain.config import Config, load_config
 from pretrain.engine import pretrain, save, step_seed, train
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import make_optimizer
-from pretrain.start import Run, set_up, start_accelerator, vocabulary_of
+from pretrain.start import Run, available_cpus, set_up, start_accelerator, vocabulary_of
 
 # The rate of learning stays, as that of the bare loop does.
 RECIPE = """
@@ -378,11 +378,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row("first step of a resumed run", f"{resumed:.2f} s, at sample {given.position}")
         if "stall" in chosen:
             with redirect_stdout(sys.stderr):
-                stall = checkpoint_stall(config_of("stall", *LARGE), given.saves)
+                config = config_of("stall", *LARGE, f"train.threads={max(1, available_cpus() - 1)}")
+                stall = checkpoint_stall(config, given.saves)
             figures["checkpoint_stall"] = stall.share
             row("save and wait", f"{stall.waited:.3f} s, {stall.weights / 1e6:.1f} M weights")
             row("  of which copying", f"{stall.copying:.3f} s, {stall.copying / stall.waited:.1%}")
             row("a save costs the loop", f"{stall.lost:.3f} s, {stall.share:.1%}; {stall.period} steps compared")
+            row("threads that train", f"{config.train.threads}, of {available_cpus()} cores")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 

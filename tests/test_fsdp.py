@@ -111,6 +111,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
     with gathered(other.model):
         assert not any(isinstance(parameter, DTensor) for parameter in other.model.parameters())
     other.save(folder / "again", 1, accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # who leaves earlier may take the others with it
     accelerator.end_training()
 
 

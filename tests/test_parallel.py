@@ -59,6 +59,7 @@ def learn_on_a_rank(rank: int, world: int, port: int, loss: str, accumulate: int
     given = whole_batch().split(world)[rank]
     outcome = learn(accelerator, loss, given, accumulate)
     save_file({name: each.contiguous() for name, each in outcome.items()}, f"{folder}/{rank}.safetensors")
+    accelerator.wait_for_everyone()  # who leaves earlier may take the others with it
     accelerator.end_training()
 
 
