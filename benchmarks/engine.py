@@ -13,8 +13,8 @@ the folder for temporary files (TMPDIR).
   stands at sample 10 million of 3 million in 3,000 shards. These are one shard under many names, so that they take no
   room: the files lie in memory, but all indexes are read and kept as if they differed.
 - stall: what a save costs the loop, which is slower steps while the thread copies and writes, as a share of what it
-  costs to save and wait. Steps that follow a save and steps that don't, in turn; a model of 39 million weights. One core
-  is left to the thread, as training on a GPU does; where training takes every core (train.threads=2 on two), the thread
+  costs to save and wait. Steps that follow a save and steps that don't, in turn; a model of 39 million weights. One
+  core is left to the thread, as training on a GPU does; where training takes every core (train.threads=2 on two), it
   takes its time from the steps.
 
 The last line is one JSON object with the ratios, and seconds.
