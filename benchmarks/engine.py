@@ -24,15 +24,14 @@ import argparse
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +52,7 @@ from data.text import load_tokenizer, train_tokenizer
 from data.transforms import OnDevice
 from objectives.pretraining import Pretraining
 from pretrain.checkpoint import Checkpoints, find_last
-from pretrain.config import Config, load_config
+from pretrain.config import Config, load_config, to_yaml
 from pretrain.engine import pretrain, save, step_seed, train
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import make_optimizer
@@ -240,8 +239,12 @@ def first_step_seconds(config: Config) -> float:
 
 def in_fresh_process(config: Config) -> float:
     """`first_step_seconds` where nothing is warm but the imports."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(first_step_seconds, config).result()
+    recipe = Path(f"{config.out}.yaml")
+    recipe.write_text(to_yaml(config))
+    # No process of `multiprocessing`: one that is spawned would spawn its readers, too, where the program forks them.
+    command = [sys.executable, str(Path(__file__).resolve()), "--first-step", str(recipe)]
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 (our own program)
+    return float(ran.stdout)
 
 
 def advance(config: Config, checkpoint: Path, position: int) -> None:
@@ -352,7 +355,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=3000, help=f"of {PER_SHARD} samples each")
     parser.add_argument("--position", type=int, default=10_000_000, help="samples read before the run is resumed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs")
+    parser.add_argument("--first-step", type=Path, help=argparse.SUPPRESS)  # what `in_fresh_process` has done
     given = parser.parse_intermixed_args(arguments)
+    if given.first_step is not None:
+        print(first_step_seconds(load_config(given.first_step)))
+        return
     chosen = given.only or ("loop", "resume", "stall")
     print(f"{'cuda' if torch.cuda.is_available() else 'cpu'}, torch {torch.__version__}\n", flush=True)
     figures: dict[str, float] = {}
