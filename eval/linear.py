@@ -100,10 +100,9 @@ def linear_probe(
     minimises mean cross-entropy + strength / 2 * ||W||^2, the bias unpenalised, by full-batch L-BFGS of at
     most ``max_iter`` evaluations on the device of the features, with products in float32 and sums in float64. Strengths
     are fitted on ``train`` in ascending order, each from the solution before it (the first from zero or, where that
-    takes long, by way of stronger ones); the one with the best accuracy on
-    ``val`` is chosen, of equals the strongest. The sweep stops where accuracy has fallen from the best by more than
-    0.05 and by two standard errors. The classifier is then refitted on train + val with the chosen strength. ``test``
-    takes no part in any choice.
+    takes long, by way of stronger ones); the one with the best accuracy on ``val`` is chosen, of equals the strongest.
+    The sweep stops where accuracy has fallen from the best by more than 0.05 and by two standard errors. The classifier
+    is then refitted on train + val with the chosen strength. ``test`` takes no part in any choice.
 
     With labels (N, C) bool every class is a binary problem of its own, all with one strength, chosen by mAP. A class
     that all or none of the fitted rows have gets weight 0 and the share of rows that have it for its bias.

@@ -245,13 +245,18 @@ class Direction(NamedTuple):
 
 
 def every_direction(
-    sides: Mapping[str, Side], by: Literal["pairs", "labels"], ks: Sequence[int] = RETRIEVED, chunk: int = 256
+    sides: Mapping[str, Side],
+    by: Literal["pairs", "labels"],
+    ks: Sequence[int] = RETRIEVED,
+    chunk: int = 256,
+    samples: int = 1000,
 ) -> dict[str, Direction]:
     """Retrieval between all modalities, both ways, as ``A_to_B``; without those that no query could answer.
 
     By ``pairs``, queries and gallery are the samples that have both modalities, and a query is to find its own sample's
     other side (see ``pair_positives``). By ``labels``, they are all samples of either modality, and a query is to
-    find any item of its label. A k beyond the gallery is left out.
+    find any item of its label. A k beyond the gallery is left out. Intervals are from ``samples`` resamples,
+    none with 0.
 
     Raises:
         ValueError: as ``retrieve``, beginning with the direction.
@@ -278,7 +283,7 @@ def every_direction(
             raise ValueError(f"{a}_to_{b}: {error}") from error
         expected = chance_recall(positives, fitting)
         found[f"{a}_to_{b}"] = Direction(
-            metrics=_metrics(result, queries.content),
+            metrics=_metrics(result, queries.content, samples),
             chance={**{f"r{k}": expected[k] for k in fitting}, "median_rank": float(chance_median_rank(positives))},
             ranks=result.ranks,
             rows=queries.rows,
@@ -289,11 +294,11 @@ def every_direction(
     return found
 
 
-def _metrics(result: Retrieved, content: Tensor) -> dict[str, Metric]:
+def _metrics(result: Retrieved, content: Tensor, samples: int) -> dict[str, Metric]:
     metrics = {f"r{k}": Metric(share) for k, share in result.recall.items()}
-    if metrics and len(torch.unique(content)) > 1:
+    if metrics and samples and len(torch.unique(content)) > 1:
         found = torch.stack([result.ranks <= k for k in result.recall], 1).double().cpu()
-        means = resampled_means(found, content, samples=1000, seed=0)
+        means = resampled_means(found, content, samples, seed=0)
         metrics = {
             name: Metric(share, percentiles(each))
             for (name, (share, _)), each in zip(metrics.items(), means.T, strict=True)

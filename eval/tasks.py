@@ -294,19 +294,19 @@ def retrieval(study: Study) -> Outcome:
     outcome = Outcome({}, {}, {}, {})
     by_label = study.config.label is not None and not study.several
 
-    def directions(features: Mapping[str, Features]) -> dict[str, Direction]:
+    def directions(features: Mapping[str, Features], samples: int) -> dict[str, Direction]:
         def found(device: torch.device) -> dict[str, Direction]:
             sides = {
                 name: Side(*(each.to(device) for each in (part.embeddings, part.rows, part.content, part.labels)))
                 for name, part in features.items()
                 if part.embeddings is not None
             }
-            return every_direction(sides, "labels" if by_label else "pairs")
+            return every_direction(sides, "labels" if by_label else "pairs", samples=samples)
 
         return on_device(study.scored.device, "retrieval", found)
 
-    untrained = directions(study.untrained["test"]) if study.untrained else {}
-    for direction, found in directions(study.trained["test"]).items():
+    untrained = directions(study.untrained["test"], samples=0) if study.untrained else {}
+    for direction, found in directions(study.trained["test"], samples=1000).items():
         baselines: dict[str, Mapping[str, float]] = {}
         if direction in untrained:
             baselines["random_init"] = _values(untrained[direction].metrics)

@@ -119,7 +119,7 @@ def train(run: Run) -> Path:
                 values |= pulls(accelerator, run.model, inputs[0], seed, whole, done)
             loss = go_backward(accelerator, run.model, inputs, seed, whole, done)
             norm = full(accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_norm))
-            checkpoints.copied()  # the next line changes what may still be being copied
+            checkpoints.copied()  # the next line changes what the thread may still copy
             bad = run.bad.step(run.optimizer, norm, loss.total, accelerator)
             run.optimizer.zero_grad()
             run.step += 1
