@@ -1,6 +1,6 @@
 """Learning per compute: ours beside open_clip's CLIP, of the same architecture, for the same time, on the same data.
 
-    python benchmarks/learning.py --data ../shared/data                     # 2 hours on 2 CPU cores
+    python benchmarks/learning.py --data ../shared/data                     # 1 hour on 2 CPU cores
     python benchmarks/learning.py --data ../shared/data --seconds 20 --seeds 0 --rates 1e-3 --tasks clipart  # a look
 
 Data: ablation.py's tasks `digits` (images and texts, paired by class) and `clipart`, images and texts alone, since
@@ -10,8 +10,8 @@ where the machine is fast in it. open_clip has a causal text encoder read at ``<
 it (AdamW 0.9, 0.98, 1e-6, decay 0.2 of matrices), and the best of --rates, chosen on validation samples with the first
 seed; ours have their recipe's only rate. Schedules are the same: warm-up, then a cosine to 0.
 
-First the time of a step is measured, all sides in turn, on a machine that should do nothing else; reading is part of
-it. Then each trains for as many of its steps as fit into --seconds. Scored are, on samples that took no part: the
+First the time of a step is measured for all tasks, all sides in turn, on a machine that should do nothing else; reading
+is part of it. Then each trains for as many of its steps as fit into --seconds. Scored are, on samples that took no part: the
 linear probe of images, zero-shot classification of images, and retrieval, R@10 of both directions by pairs (clipart) or
 R@1 by class (digits). Where open_clip is absent, ours are scored alone.
 
@@ -236,6 +236,7 @@ class Study:
 
     def __init__(self, name: str, data: Path, scratch: Path, overrides: Sequence[str]) -> None:
         self.name, self.scratch = name, scratch
+        scratch.mkdir(exist_ok=True)
         self.task: Task = TASKS[name]
         self.recipe = scratch / "recipe.yaml"
         self.recipe.write_text(self.task.recipe)
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train ours and open_clip for the same time and score both.")
     parser.add_argument("--data", type=Path, required=True, help="folder with digits/ and clipart/")
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which of them")
-    parser.add_argument("--seconds", type=float, default=240, help="training time of each run")
+    parser.add_argument("--seconds", type=float, default=120, help="training time of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each side for each")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="open_clip's, to choose from"
@@ -300,11 +301,13 @@ def main(argv: list[str] | None = None) -> None:
     except MissingPeerError as error:
         absent = str(error)
     summary: dict[str, Any] = {}
-    for name in given.tasks:
-        with tempfile.TemporaryDirectory() as made:
-            study = Study(name, given.data, Path(made), given.overrides)
-            with redirect_stdout(sys.stderr):  # where training prints
-                taken = study.seconds_per_step(given.rounds, absent is None)
+    with tempfile.TemporaryDirectory() as made:
+        studies = {name: Study(name, given.data, Path(made) / name, given.overrides) for name in given.tasks}
+        with redirect_stdout(sys.stderr):  # where training prints
+            # All before the first run: what comes after may share the machine.
+            timed = {name: study.seconds_per_step(given.rounds, absent is None) for name, study in studies.items()}
+        for name, study in studies.items():
+            taken = timed[name]
             steps = {side: max(1, round(given.seconds / seconds)) for side, seconds in taken.items()}
             rate = None
             if absent is None:
@@ -318,18 +321,18 @@ def main(argv: list[str] | None = None) -> None:
                 for side in taken:
                     rows[side].append(study.score(side, steps[side], seed, rate if side == THEIRS else None))
                     print(name, seed, side, rows[side][-1], file=sys.stderr, flush=True)
-        lines, scores = [], dict[str, Any]()
-        for side, runs in rows.items():
-            scores[side] = {score: mean_and_spread([run[score] for run in runs]) for score in SCORES}
-            cells = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in scores[side].values()]
-            lines.append([side, *cells, str(steps[side]), f"{1000 * taken[side]:.0f}"])
-        if absent is not None:
-            lines.append([THEIRS, f"absent: {absent}", "", "", "", ""])
-        kind = "R@1 by class" if name in BY_CLASS else "R@10 by pairs"
-        chosen = "" if rate is None else f"; open_clip's learning rate: {rate:g}, of {given.rates}"
-        print(f"{name}, {given.seconds:g} s, mean and standard deviation of {len(given.seeds)} seeds{chosen}:\n")
-        print(table(["", "image probe", "zero-shot", kind, "steps", "ms per step"], lines), flush=True)
-        summary[name] = {**scores, "ahead": ahead(rows)}
+            lines, scores = [], dict[str, Any]()
+            for side, runs in rows.items():
+                scores[side] = {score: mean_and_spread([run[score] for run in runs]) for score in SCORES}
+                cells = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in scores[side].values()]
+                lines.append([side, *cells, str(steps[side]), f"{1000 * taken[side]:.0f}"])
+            if absent is not None:
+                lines.append([THEIRS, f"absent: {absent}", "", "", "", ""])
+            kind = "R@1 by class" if name in BY_CLASS else "R@10 by pairs"
+            chosen = "" if rate is None else f"; open_clip's learning rate: {rate:g}, of {given.rates}"
+            print(f"{name}, {given.seconds:g} s, mean and standard deviation of {len(given.seeds)} seeds{chosen}:\n")
+            print(table(["", "image probe", "zero-shot", kind, "steps", "ms per step"], lines), flush=True)
+            summary[name] = {**scores, "ahead": ahead(rows)}
     print(json.dumps(summary))
 
 
