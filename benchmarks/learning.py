@@ -11,9 +11,9 @@ it (AdamW 0.9, 0.98, 1e-6, decay 0.2 of matrices), and the best of --rates, chos
 seed; ours have their recipe's only rate. Schedules are the same: warm-up, then a cosine to 0.
 
 First the time of a step is measured for all tasks, all sides in turn, on a machine that should do nothing else; reading
-is part of it. Then each trains for as many of its steps as fit into --seconds. Scored are, on samples that took no part: the
-linear probe of images, zero-shot classification of images, and retrieval, R@10 of both directions by pairs (clipart) or
-R@1 by class (digits). Where open_clip is absent, ours are scored alone.
+is part of it. Then each trains for as many of its steps as fit into --seconds. Scored are, on samples that took no
+part: the linear probe of images, zero-shot classification of images, and retrieval, R@10 of both directions by pairs
+(clipart) or R@1 by class (digits). Where open_clip is absent, ours are scored alone.
 
 The last line is one JSON object: task -> side -> score -> [mean, spread], and under "ahead" how far all our objectives
 are ahead of open_clip, the mean over seeds of the difference and its standard deviation.
