@@ -56,9 +56,11 @@ def process(export: Path, folders: dict[str, str], raw: dict[str, Tensor], texts
     """Raw samples through the processors of the export; ``folders``: modality -> the folder that has its own."""
     made: dict[str, Tensor] = {}
     if "image" in folders:
-        processor = transformers.AutoImageProcessor.from_pretrained(export / folders["image"])
         images = [Image.fromarray(raw[name].numpy()) for name in sorted(raw) if name.startswith("image.")]
-        made["pixel_values"] = processor(images, return_tensors="pt")["pixel_values"]
+        # Pictures are resized by Pillow, as in training; where torchvision is installed, it is what transformers takes.
+        for name, choice in {"pixel_values": {"backend": "pil"}, "default_pixel_values": {}}.items():
+            processor = transformers.AutoImageProcessor.from_pretrained(export / folders["image"], **choice)
+            made[name] = processor(images, return_tensors="pt")["pixel_values"]
     if "text" in folders:
         tokenizer = transformers.AutoTokenizer.from_pretrained(export / folders["text"])
         options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_tensors": "pt"}
