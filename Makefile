@@ -42,8 +42,8 @@ $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/
 bench: $(BENCH) ## Measure beside peers; ONLY="step loader" some of it, QUICK=1 tiny, DATA=FOLDER for learning
 	.venv-bench/bin/python benchmarks/run.py --only $(ONLY) $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA))
 
-clean: ## Remove the environments, built shards, runs and documentation
-	rm -rf .venv .venv-bench shards runs site
+clean: ## Remove the environments, the demo's shards and the built documentation, but no runs
+	rm -rf .venv .venv-bench shards site
 
 # One process; spelt out, the launcher has nothing to warn about, and quiet, it adds no traceback to our messages.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

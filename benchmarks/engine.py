@@ -45,6 +45,7 @@ import torch
 from PIL import Image
 
 from data.batch import Batch
+from data.crew import available_cpus
 from data.index import index_path
 from data.shards import write_shards
 from data.stream import STATE, Stream, open_train
@@ -56,7 +57,7 @@ from pretrain.config import Config, load_config, to_yaml
 from pretrain.engine import pretrain, save, step_seed, train
 from pretrain.model.encoder import Encoder
 from pretrain.optimizer import make_optimizer
-from pretrain.start import Run, available_cpus, set_up, start_accelerator, vocabulary_of
+from pretrain.start import Run, set_up, start_accelerator, vocabulary_of
 
 # The rate of learning stays, as that of the bare loop does.
 RECIPE = """

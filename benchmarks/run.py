@@ -5,10 +5,10 @@
     make bench QUICK=1                              # each with tiny sizes, to see that it runs; results are not kept
     python benchmarks/run.py --tables               # only write README.md anew from benchmarks/results/*.json
 
-Scripts run one after the other, each with its number of threads pinned, and each takes its sides in turn. What a script
-prints is its tables and, as the last line, one JSON object with its figures; both go to results/NAME.json, with the
-machine, its load before, versions, date and command. A script that fails leaves the results of earlier, and makes this
-end with 1. Longer ones that are not part of this: ablation.py, soak.py, ridge_ranks.py.
+Scripts run one after the other, each with its number of threads pinned, and each takes its sides in turn. What a
+script prints is its tables and, as the last line, one JSON object with its figures; both go to results/NAME.json, with
+the machine, how busy it was before, versions, date and command. A script that fails leaves the results of earlier, and
+makes this end with 1. Longer ones that are not part of this: ablation.py, soak.py, ridge_ranks.py.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks import peers
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "pillow", "simplejpeg")
-BUSY = 0.2  # processes per core that wait for it, above which times mean little
+BUSY = 20  # per cent of the cores in use by others, above which times mean little
 
 
 class Script(NamedTuple):
@@ -62,7 +62,7 @@ SCRIPTS = [
     Script("loss_memory", ("--sizes", "512", "--gathered-from", "512", "--worlds", "1", "2", "--rounds", "1")),
     Script("scale", ("--rounds", "1", "--steps", "3", "--size", "micro"), threads=1),
     Script("learning", ("--seconds", "2", "--seeds", "0", "--rates", "1e-3", "--tasks", "digits"), data=True),
-    Script("probe", ("--rows", "2000", "--rounds", "1"), threads=1, markdown=False),
+    Script("probe", ("--rows", "2000", "--rounds", "1"), threads=1),
     Script("engine", ("--rounds", "1", "--saves", "1", "--resumes", "1", "--shards", "30"), markdown=False),
     Script("export", ("--presets", "micro"), markdown=False),
 ]
@@ -111,7 +111,7 @@ def run(script: Script, arguments: Sequence[str], environment: dict[str, Any]) -
     command = [f"benchmarks/{script.name}.py", *arguments]
     print(f"\n## {' '.join(command)}, {threads} threads", flush=True)
     pinned = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    load, begun = os.getloadavg()[0], time.perf_counter()
+    busy, begun = psutil.cpu_percent(interval=3), time.perf_counter()
     lines = []
     with subprocess.Popen(  # noqa: S603 (our own scripts)
         [sys.executable, *command], cwd=HERE.parent, env={**os.environ, **pinned}, stdout=subprocess.PIPE, text=True
@@ -119,17 +119,22 @@ def run(script: Script, arguments: Sequence[str], environment: dict[str, Any]) -
         for line in process.stdout or ():
             print(line, end="", flush=True)
             lines.append(line.rstrip())
-    if process.returncode or not lines:
-        print(f"{command[0]} failed with {process.returncode}: its earlier results stay", flush=True)
+    try:
+        figures = json.loads(lines[-1] if lines else "")
+    except json.JSONDecodeError:
+        figures = None
+    if process.returncode or figures is None:
+        what = process.returncode or "a last line that is no JSON"
+        print(f"{command[0]} failed with {what}: its earlier results stay", flush=True)
         return None
     return {
         "command": " ".join(["python", *command]),
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(time.perf_counter() - begun),
         "threads": threads,
-        "load_before": round(load, 2),
+        "busy_before": busy,
         **environment,
-        "figures": json.loads(lines[-1]),
+        "figures": figures,
         "text": "\n".join(lines[:-1]).strip(),
     }
 
@@ -138,8 +143,9 @@ def section(script: Script, results: dict[str, Any]) -> str:
     """What README.md says of it between its markers."""
     host, used = results["machine"], results["versions"]
     hardware = [host["cpu"], f"{host['cores']} cores", *host["instructions"], f"{host['memory_gb']} GB", *host["gpus"]]
-    load = f"load before {results['load_before']}"
-    if results["load_before"] > BUSY * host["cores"]:
+    busy = results["busy_before"]
+    load = "use of the cores before not noted" if busy is None else f"{busy:.0f} % of the cores in use before"
+    if busy is not None and busy > BUSY:
         load += ": the machine was busy, times mean little"
     about = [
         f"`{results['command']}`, {results['date']}, {results['seconds']} s, {results['threads']} threads, {load}.",

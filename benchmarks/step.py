@@ -386,7 +386,7 @@ def measure(batch: Batch, size: Size, modes: list[str], rounds: int, fastest: fl
 
 
 def ratios(rounds: list[dict[str, float]]) -> dict[str, float | None]:
-    """What is asked of the step; above 1 ours is faster, but for the third."""
+    """What is asked of the step; above 1 ours is faster, but in ``all_time_vs_own_contrastive``."""
     own, kept, every = "ours, contrastive", "ours, contrastive, 50 % of patches", "ours, all objectives"
     return {
         "contrastive_vs_open_clip": ratio(rounds, "open_clip", own),

@@ -24,7 +24,7 @@ class Field(NamedTuple):
     cut: int | None = None
 
     def select(self, index: Tensor) -> "Field":
-        """The entries at ``index`` (k,) int64 on the CPU, ascending."""
+        """The entries at ``index`` (k,) int64 on the CPU, ascending; of fewer than all, ``cut`` is not known."""
         if len(index) == len(self.rows):
             return self
         on_device = index.to(self.x.device, non_blocking=True)
@@ -42,9 +42,9 @@ class Batch(NamedTuple):
         seeds: (size,) int64, one random seed per row, for the augmentation on the device and for masks; on the CPU
             until ``to``. None in evaluation: no augmentation.
         skipped: samples that could not be used and were replaced, see ``data.skips.Skipped``.
-        first: number of its first row among those of its step, of which other ranks and micro-batches have the others.
         groups: (size,) int64, on the CPU; rows of equal number are of one group and no negatives of each other, those
             below 0 of none. None where nothing is grouped.
+        first: number of its first row among those of its step, of which other ranks and micro-batches have the others.
     """
 
     fields: dict[str, Field]

@@ -23,13 +23,14 @@ from typing import Any, NamedTuple, NoReturn
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from data.crew import available_cpus
 from data.decode import MODALITIES
 from data.errors import UserError
 from data.index import Shard, ShardError, build_index, index_path, verify, write_index
 from data.rows import Bad, Reading, Row, Sample, start_worker, to_samples
 from data.shards import NewShard, parse_size, sync_folder
 from data.tables import HUB, Columns, Slice, Table, open_table
-from data.validate import printable
+from data.terminal import printable
 
 EXAMPLES = """\
 examples
@@ -407,7 +408,7 @@ def _worker_count(job: Job, rows: int | None) -> int:
         return job.workers
     if rows is not None and rows < _WORTH_WORKERS:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus()
 
 
 # Samples to shards.

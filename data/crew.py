@@ -1,6 +1,7 @@
 """Processes that decode members of shards, to find those that can't be. A crash or a hang costs one member."""
 
 import multiprocessing
+import os
 import signal
 import time
 import warnings
@@ -24,6 +25,13 @@ _CHUNK = 64
 
 class CrewError(UserError):
     """The processes can't be started."""
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on; where a job has a part of a machine, not all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Job(NamedTuple):

@@ -33,8 +33,8 @@ MODALITIES: dict[str, str] = {
 }
 METADATA = "json"
 
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
-_SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # as Pillow calls them
+SOUND_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")  # as libsndfile does
 MAX_MEMBER_BYTES = 256_000_000
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535  # JPEG's own; resizing takes memory for a side of the image times a side of the view
@@ -138,7 +138,7 @@ def decode_image(data: bytes, at_least: int | None = None) -> npt.NDArray[np.uin
     except Image.DecompressionBombError as error:  # Pillow's own limit, for sizes far above ours
         raise LimitError(f"image of {len(data)} bytes: {error}") from error
     except UnidentifiedImageError as error:  # Pillow's message names only an object in memory
-        raise ImageError(f"image of {len(data)} bytes: no image of the formats {', '.join(_PILLOW_FORMATS)}") from error
+        raise ImageError(f"image of {len(data)} bytes: no image of the formats {', '.join(IMAGE_FORMATS)}") from error
     except (OSError, SyntaxError, ValueError) as error:
         # Pillow raises SyntaxError or ValueError for some broken PNGs.
         raise ImageError(f"image of {len(data)} bytes: {error}") from error
@@ -185,7 +185,7 @@ def _by_pillow(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8]:
 
 def _open(data: bytes) -> Image.Image:
     """Only the header is read."""
-    return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -259,8 +259,8 @@ def decode_audio(data: bytes) -> Waveform:
         _check_ogg(data)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            if sound.format not in _SOUND_FORMATS:
-                raise AudioError(f"audio in format {sound.format}: allowed are {', '.join(_SOUND_FORMATS)}")
+            if sound.format not in SOUND_FORMATS:
+                raise AudioError(f"audio in format {sound.format}: allowed are {', '.join(SOUND_FORMATS)}")
             if sound.frames == 0:
                 raise EmptyError("audio without samples")
             if sound.frames == np.iinfo(np.int64).max:  # a FLAC written to a pipe, whose end libsndfile misses

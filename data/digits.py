@@ -9,6 +9,7 @@ import io
 import json
 import random
 import re
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from data.errors import UserError
 from data.index import ShardError, build_index, index_path, load_index, verify, write_whole
 from data.shards import write_shards
 
@@ -229,16 +231,22 @@ def _load_clips() -> dict[str, Clips]:
     return clips
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Build the data set and print what each split holds."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build the data set and print what each split holds; returns 2 if that can't be done, with the reason printed."""
     parser = argparse.ArgumentParser(prog="python -m data.digits", description="Build the default data set.")
     parser.add_argument("out", type=Path, help="folder for the shards; made if need be")
     out = parser.parse_args(arguments).out
-    for split, shards in build(out).items():
+    try:
+        built = build(out)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for split, shards in built.items():
         indexes = [load_index(shard) for shard in shards]
         samples, size = sum(len(index.samples) for index in indexes), sum(index.size for index in indexes)
         print(f"{split:5} {samples:5} samples {size / 1e6:6.1f} MB in {len(shards)} shard(s)")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -207,10 +207,10 @@ def _add(path: str, member: tarfile.TarInfo, samples: list[Sample], seen: set[st
         return True
     if not member.isreg() or member.issparse():
         raise ShardError(f"{where} is a link, device or sparse file: only regular files have bytes to read")
-    name = _NAME.fullmatch(member.name)
-    if name is None or _META.match(member.name):
+    parts = split_name(member.name)
+    if parts is None:
         return False
-    key, extension = name[1], name[2].lower()
+    key, extension = parts
     if not samples or samples[-1].key != key:
         if key in seen:
             raise ShardError(f"{where}: sample {key!r} came before: its members must lie together, and only once")
@@ -220,6 +220,12 @@ def _add(path: str, member: tarfile.TarInfo, samples: list[Sample], seen: set[st
         raise ShardError(f"{where}: sample {key!r} has two members {extension!r}")
     samples[-1].members[extension] = (member.offset_data, member.size)
     return True
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension in a member's name, by the rule that `scan` states; None if it belongs to no sample."""
+    match = _NAME.fullmatch(name)
+    return None if match is None or _META.match(name) else (match[1], match[2].lower())
 
 
 def _check_end(path: str, file: BinaryIO, end: int) -> None:
@@ -501,7 +507,10 @@ def verify(index: Shard | ShardIndex) -> None:
     except FileNotFoundError as error:
         raise ShardError(f"{masked(index.location)}: no such shard") from error
     if sha256 != index.sha256:
-        raise ShardError(f"{masked(index.location)}: sha256 is {sha256}, but {index.sha256} was indexed")
+        raise ShardError(
+            f"{masked(index.location)}: sha256 is {sha256}, but {index.sha256} was indexed; "
+            f"if that is meant, delete its {INDEX_SUFFIX} file to re-index"
+        )
 
 
 def find_shards(patterns: Sequence[str]) -> list[str]:

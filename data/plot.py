@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from data.stats import Quantity, Statistics, combinations, histogram, is_whole, number, quantiles, summary, top_labels
-from data.validate import printable
+from data.terminal import printable
 
 COLOURS = {"image": "#3b6ea8", "text": "#c2703d", "audio": "#4d8f5b", "metadata": "#8a8a8a", "unread": "#c4b7a6"}
 NEUTRAL = "#5b5f73"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from data.errors import UserError
 from data.source import SampleError
+from data.terminal import printable
 
 # Distinct samples that are kept by name; the rest are counted by shard.
 MAX_KEYS = 10_000
@@ -103,11 +104,6 @@ class Skips:
         """From `state`."""
         self.rows = int(state["rows"])
         self.counts = Counter({(str(s), str(h), str(k), str(e)): int(n) for s, h, k, e, n in state["samples"]})
-
-
-def printable(key: str) -> str:
-    """A key for the terminal; those of a tar may hold any bytes."""
-    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def share(skipped: Sequence[Skipped], error: str | None, group: Any) -> tuple[list[Skipped], str | None]:

@@ -6,14 +6,12 @@ import io
 import json
 import math
 import shutil
-import struct
 import sys
 import textwrap
 import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,23 +19,27 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import soundfile
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.cache import Reader
 from data.decode import (
+    IMAGE_FORMATS,
     METADATA,
     MODALITIES,
+    SOUND_FORMATS,
     DecodeError,
     check_size,
     decode_audio,
     decode_metadata,
     decode_text,
+    orientation,
 )
 from data.errors import UserError
 from data.fetch import masked
 from data.index import Sample, Shard, find_shards, load_samples, load_shards, write_whole
-from data.validate import check_writable, cut, printable
+from data.terminal import cut, printable
+from data.validate import check_writable
 
 LABELS = 20
 """Labels that are shown by name."""
@@ -261,19 +263,15 @@ def measure_image(file: BinaryIO) -> dict[Quantity, float]:
     Raises:
         DecodeError: no header of an image of the formats that training reads.
     """
-    known = Image.registered_extensions()
-    formats = sorted({known[f".{extension}"] for extension, kind in MODALITIES.items() if kind == "image"})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large sizes, which we are here to see, and damaged EXIF data
-            with Image.open(file, formats=formats) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 width, height = image.size
-                turned = False
-                with suppress(SyntaxError, ValueError, OSError, struct.error):  # damaged EXIF data turn nothing
-                    # Only what stands in front of the pixels: to look for more, Pillow would decode a PNG.
-                    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                # Only what stands in front of the pixels: to look for more, Pillow would decode a PNG.
+                turned = orientation(image) >= 5
     except UnidentifiedImageError as error:
-        raise DecodeError(f"no image of the formats {', '.join(formats)}") from error
+        raise DecodeError(f"no image of the formats {', '.join(IMAGE_FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DecodeError(f"image: {error}") from error
     if turned:
@@ -293,11 +291,10 @@ def measure_audio(file: BinaryIO) -> dict[Quantity, float]:
     Raises:
         DecodeError: no header of a sound of the formats that training reads.
     """
-    formats = {"WAVEX", *(extension.upper() for extension, kind in MODALITIES.items() if kind == "audio")}
     try:
         with soundfile.SoundFile(file) as sound:
-            if sound.format not in formats:
-                raise DecodeError(f"audio in format {sound.format}: allowed are {', '.join(sorted(formats))}")
+            if sound.format not in SOUND_FORMATS:
+                raise DecodeError(f"audio in format {sound.format}: allowed are {', '.join(SOUND_FORMATS)}")
             frames, rate = sound.frames, sound.samplerate
     except soundfile.LibsndfileError as error:
         raise DecodeError(f"audio: {error}") from error

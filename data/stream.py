@@ -428,8 +428,10 @@ def _next(items: Iterator[Batch | UserError]) -> Batch | Exception | None:
 
 def _message(failure: Exception | None) -> str | None:
     """Why a rank can't go on, for all of them."""
-    if failure is None or isinstance(failure, UserError):
-        return None if failure is None else str(failure)
+    if failure is None:
+        return None
+    if isinstance(failure, UserError):
+        return str(failure)
     rank = f"rank {dist.get_rank()}" if dist.is_available() and dist.is_initialized() else "reading"
     return f"{rank} failed: {type(failure).__name__}: {failure}"
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from PIL import ExifTags, Image
 
 from data.decode import (
+    IMAGE_FORMATS,
     MAX_PIXELS,
     OGG_FIRST,
     OGG_LAST,
@@ -85,7 +86,7 @@ def _turned(content: bytes) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return None  # no decoder takes it
                 if "exif" not in image.info:  # a PNG's may stand behind its pixels

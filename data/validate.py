@@ -11,7 +11,6 @@ import re
 import shutil
 import tarfile
 import tempfile
-import textwrap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 from data.cache import Cache
-from data.crew import Crew, jobs_of
+from data.crew import Crew, available_cpus, jobs_of
 from data.decode import METADATA, MODALITIES
 from data.errors import UserError
 from data.fetch import FetchError, index_beside, is_url, masked, open_binary, size_of
@@ -34,8 +33,10 @@ from data.index import (
     load_samples,
     load_shard,
     scan,
+    split_name,
     write_whole,
 )
+from data.terminal import columns, printable
 
 SHOWN = 50
 _BYTE = re.compile(r"\bat byte (\d+)")
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     allowed = ", ".join(_known())
     parser.add_argument("--require", default="", metavar="NAME,...", help=f"what every sample must have: {allowed}")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes that decode (default: one per core)"
+        "--workers", type=int, default=available_cpus(), help="processes that decode (default: as many as CPUs)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all that was found to this file")
 
@@ -313,15 +314,13 @@ def _survey(location: str) -> tuple[list[Finding], int]:
         for header in _headers(file):
             if not 0 <= header.size <= size - header.offset_data:
                 break
-            folder, slash, name = header.name.rpartition("/")
-            stem, dot, extension = name.partition(".")
-            key, extension = folder + slash + stem, extension.lower()
             if header.isdir():
                 continue
+            key, extension = split_name(header.name) or (header.name, "")
             if not header.isreg() or header.issparse():
                 add(key, extension, header.offset, "a link, device or sparse file: only regular files have bytes")
                 continue
-            if not stem or not dot or not extension or re.match(r"__[^/]*__($|/)", header.name):
+            if not extension:  # it belongs to no sample
                 continue
             if key != current and key in members:
                 add(key, extension, header.offset, "its sample came before: members must lie together, and only once")
@@ -466,28 +465,3 @@ def render(report: Report, width: int) -> list[str]:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def columns(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Rows as aligned columns under the first one; the last column is wrapped, the others are cut in the middle."""
-    cleaned = [[printable(cell) for cell in row] for row in rows]
-    cleaned = [[*(cut(cell, 36) for cell in row[:-1]), row[-1]] for row in cleaned]
-    widths = [max(map(len, column)) for column in zip(*cleaned, strict=True)][:-1]
-    room = max(width - sum(widths) - 2 * len(widths), 30)
-    lines = []
-    for row in cleaned:
-        start = "".join(f"{cell:{w}}  " for cell, w in zip(row, widths, strict=False))
-        texts = textwrap.wrap(row[-1], room) or [""]
-        lines += [start + texts[0], *(" " * len(start) + text for text in texts[1:])]
-    return [lines[0], "-" * min(width, max(map(len, lines))), *lines[1:]]
-
-
-def cut(text: str, length: int) -> str:
-    """Text of at most ``length`` letters, its middle left out."""
-    half = (length - 3) // 2
-    return text if len(text) <= length else f"{text[: length - 3 - half]}...{text[-half:]}"
-
-
-def printable(text: str) -> str:
-    """Text from data that a terminal may show: control characters and broken UTF-8 are escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

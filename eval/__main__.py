@@ -5,7 +5,8 @@
     python -m eval report scores/mine
 
 ENCODER is a run, a checkpoint, an export, any vision, text, audio or dual model of transformers by path or hub id,
-`random:ENCODER` (its architecture with random weights) or `raw:` (the inputs themselves).
+`random:ENCODER` (its architecture with random weights) or `raw:ENCODER` (the inputs that it reads, themselves; `raw:`
+alone: in the default views).
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="score an encoder")
-    run.add_argument("encoder", help="a run, checkpoint, export or model; random:ENCODER; raw:")
+    run.add_argument("encoder", help="a run, checkpoint, export or model; random:ENCODER; raw:ENCODER; raw:")
     for name in ("train", "val", "test"):
         required = name != "val"
         note = "" if required else "; without it a tenth of train"
@@ -76,18 +77,18 @@ def _run(arguments: argparse.Namespace) -> None:
             raise EvaluationError("--prompts holds templates and classes: leave out --templates and --classes")
         prompts = read_prompts(arguments.prompts)
         templates, classes = prompts.templates, prompts.classes or []
-    settings = {} if templates is None else {"templates": templates}
     wanted = EvalConfig().tasks if arguments.tasks is None else [name.strip() for name in arguments.tasks.split(",")]
-    lacking = [name for name in wanted if arguments.tasks and name in TASKS and TASKS[name].labels]
     if arguments.tasks and "zeroshot" in wanted and not classes:
         raise EvaluationError("--tasks zeroshot needs --classes, or --prompts with classes")
+    lacking = [name for name in wanted if arguments.tasks and name in TASKS and TASKS[name].labels]
+    if lacking and arguments.label is None:
+        raise EvaluationError(f"--tasks {lacking[0]} needs --label, the field of each sample's .json with its class")
     if arguments.workers < 0:
         raise EvaluationError(f"--workers {arguments.workers}: 0 or more is allowed")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)  # what can't be written should show now
-    if lacking and arguments.label is None:
-        raise EvaluationError(f"--tasks {lacking[0]} needs --label, the field of each sample's .json with its class")
-    config = EvalConfig(arguments.label, wanted, classes, batch_size=arguments.batch_size, **settings)
+    prompting = {} if templates is None else {"templates": templates}
+    config = EvalConfig(arguments.label, wanted, classes, batch_size=arguments.batch_size, **prompting)
     splits = {
         name: Source(load_shards(find_shards(shards)), name)
         for name in ("train", "val", "test")
@@ -128,12 +129,12 @@ def _run(arguments: argparse.Namespace) -> None:
 def run_of(encoder: str) -> Path | None:
     """The folder of the run that an encoder is of, if it is one's."""
     path = Path(encoder)
+    if not path.exists():  # a hub id, which would be looked for where the command was given
+        return None
     return next((each for each in (path, *path.resolve().parents[:3]) if (each / "metrics.jsonl").is_file()), None)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    if len(arguments.folders) < 2:
-        raise EvaluationError(f"compare needs two folders or more, got {len(arguments.folders)}")
     found = compare(arguments.folders)
     print(comparison_table(found))
     if arguments.plot is not None:

@@ -3,7 +3,7 @@
 import importlib.util
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,7 @@ from data.errors import UserError
 from data.index import write_whole
 from eval.metrics import percentiles, resampled_means
 from eval.panel import instances
-
-SCHEMA = 2
+from eval.report import SCHEMA, aligned
 
 _AHEAD, _BEHIND, _UNCLEAR = "#3b6ea8", "#c2703d", "#8a8a8a"
 
@@ -201,19 +200,6 @@ def difference_cells(difference: Difference) -> tuple[str, str, str]:
         return f"{100 * difference.value:+.1f}", "", ""
     low, high = difference.interval
     return f"{100 * difference.value:+.1f}", f"{100 * low:+.1f} .. {100 * high:+.1f}", f"{difference.ahead:.1%}"
-
-
-def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
-    """Columns under a header, which is the first line; those of the numbers ``left`` are flush left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
 def plot(path: Path, comparison: Comparison) -> None:

@@ -155,7 +155,9 @@ def load_scored(name: str) -> Scored:
 
 
 def _raw(name: str) -> Raw:
-    return Raw.of(load_scored(name)) if name else Raw("raw:", Views(), train_tokenizer([], 261))
+    if name:
+        return Raw.of(load_scored(name))
+    return Raw("raw:", Views(), train_tokenizer([], 261))  # 256 bytes and the special tokens
 
 
 # The first that knows a name takes it; the last takes hub ids, too.

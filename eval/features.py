@@ -103,6 +103,20 @@ class _Job(NamedTuple):
     dtype: torch.dtype
 
 
+class _Reading(NamedTuple):
+    """A split, and how it is read."""
+
+    source: Source
+    places: list[tuple[int, int]]
+    device: torch.device
+    batch_size: int
+    workers: int
+
+    def rows(self, number: int) -> list[tuple[int, int]]:
+        """Where the samples of a batch are."""
+        return self.places[number * self.batch_size : (number + 1) * self.batch_size]
+
+
 def extract_features(
     scored: Scored,
     source: Source,
@@ -183,7 +197,7 @@ def sweep(
     keys = [_key(job, source.fingerprint) for job in wanted]
     jobs = dict(zip(keys, wanted, strict=True))  # the same one twice is one
     try:
-        entries = _entries(Cache(cache), jobs, source, places, device, batch_size, workers, ranks)
+        entries = _entries(Cache(cache), jobs, _Reading(source, places, device, batch_size, workers), ranks)
     finally:
         if world is None:
             ranks.close()
@@ -212,8 +226,8 @@ def content_ids(field: Field) -> Tensor:
     rows = list(field.x.cpu())
     if field.valid is not None:
         rows = [row[valid] for row, valid in zip(rows, field.valid.cpu(), strict=True)]
-    digests = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
-    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests])  # 63 bits fit an int64
+    hashes = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
+    return torch.tensor([int.from_bytes(each, "little") >> 1 for each in hashes])  # 63 bits fit an int64
 
 
 def _key(job: _Job, split: str) -> str:
@@ -240,16 +254,7 @@ def _in_memory(features: Features) -> Features:
     return Features(*(None if part is None else part.clone() for part in features))  # type: ignore[arg-type]
 
 
-def _entries(
-    cache: Cache,
-    jobs: Mapping[str, _Job],
-    source: Source,
-    places: list[tuple[int, int]],
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    world: World,
-) -> dict[str, Entry]:
+def _entries(cache: Cache, jobs: Mapping[str, _Job], reading: _Reading, world: World) -> dict[str, Entry]:
     """Of all jobs, those that are missing computed by all ranks together."""
     with ExitStack() as held:
         if world.rank == 0:
@@ -265,7 +270,7 @@ def _entries(
             world.agree(None)
             failure: UserError | OSError | None = None
             try:
-                _compute(cache, missing, source, places, device, batch_size, workers, world)
+                _compute(cache, missing, reading, world)
             except (UserError, OSError) as error:
                 failure = error
             world.agree(failure)
@@ -281,22 +286,15 @@ def _entries(
     return entries
 
 
-def _compute(
-    cache: Cache,
-    jobs: Mapping[str, _Job],
-    source: Source,
-    places: list[tuple[int, int]],
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    world: World,
-) -> None:
+def _compute(cache: Cache, jobs: Mapping[str, _Job], reading: _Reading, world: World) -> None:
     """This rank's batches of all jobs, written to a part of each entry."""
-    views, tokenizer = next((job.scored.views, job.scored.tokenizer) for job in jobs.values())
-    numbers = range(-(-len(places) // batch_size))[world.rank :: world.size]
-    share = Chosen(source, [place for i in numbers for place in places[i * batch_size : (i + 1) * batch_size]])
-    reading: Any = tokenizer  # None only where no view is of text
-    batches = Pass(share, views, reading, batch_size).batches(workers)
+    device, batch_size = reading.device, reading.batch_size
+    first = next(iter(jobs.values())).scored  # which reads as all others do
+    views = first.views
+    tokenizer: Any = first.tokenizer  # None only where no view is of text
+    numbers = range(-(-len(reading.places) // batch_size))[world.rank :: world.size]
+    places = [place for number in numbers for place in reading.rows(number)]
+    batches = Pass(Chosen(reading.source, places), views, tokenizer, batch_size).batches(reading.workers)
     on_device = OnDevice(views).to(device)
     blocks: dict[str, list[tuple[int, str, int]]] = {key: [] for key in jobs}
     skipped: list[Skipped] = []
@@ -318,7 +316,7 @@ def _compute(
                         _check_finite(values, job.scored.name, modality, name, batch, field)
                         writers[key].add(f"{modality}.{name}", values.cpu().numpy())
                         blocks[key].append((number, f"{modality}.{name}", len(values)))
-    part = {"rows": sum(len(places[i * batch_size : (i + 1) * batch_size]) for i in numbers), "skipped": skipped}
+    part = {"rows": len(places), "skipped": skipped}
     for key, writer in writers.items():
         (writer.folder / _PART).write_text(json.dumps({**part, "blocks": blocks[key]}))
 

@@ -9,7 +9,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from eval.markdown import BASELINES, INTRODUCTION, Family, Row, families, flat
+from eval.markdown import BASELINES, INTRODUCTION, Family, Row, families, texts
 
 # Baseline -> its mark beside a bar: height within the bar's 28 pixels, and an outline around (0, 0).
 _MARKS = {
@@ -49,7 +49,7 @@ def render(document: Mapping[str, Any], page: Mapping[str, Any], title: str = "E
         results="\n".join(_family(name, family) for name, family in families(document).items()),
         about="\n".join(
             f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>"
-            for key, value in flat(document.get("about", {}))
+            for key, value in texts(document.get("about", {}))
         ),
         # Within <script> only a < could end the data, or begin a comment.
         data=json.dumps(page, allow_nan=False).replace("<", "\\u003c"),

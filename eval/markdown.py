@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from data.documents import leaves
+
 BASELINES = {"random_init": "random encoder", "raw": "raw input", "majority": "majority", "chance": "chance"}
 """What results.json calls a baseline -> what readers see, from the hardest to the easiest."""
 
@@ -107,7 +109,7 @@ def families(document: Mapping[str, Any]) -> dict[str, Family]:
             family.rows.append(
                 Row(variant, metric, share, outcome["value"], None if interval is None else tuple(interval), beside)
             )
-        if remarks := [f"{key}: {value}" for part in ("chosen", "counts") for key, value in flat(entry.get(part, {}))]:
+        if remarks := [f"{key}: {value}" for part in ("chosen", "counts") for key, value in texts(entry.get(part, {}))]:
             family.remarks.setdefault(", ".join(remarks), []).append(variant)
     for family in found.values():
         present = {key: None for row in family.rows for key in row.baselines}
@@ -120,15 +122,13 @@ def _hardest_first(baseline: tuple[str, Any]) -> int:
     return [*BASELINES, baseline[0]].index(baseline[0])
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested mappings with their dotted keys, as text."""
-    for name, branch in tree.items():
-        if isinstance(branch, Mapping):
-            yield from flat(branch, f"{prefix}{name}.")
-        elif isinstance(branch, list):
-            yield f"{prefix}{name}", ", ".join(str(value) for value in branch)
+def texts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted keys of nested mappings, and what they hold as text."""
+    for key, value in leaves(tree):
+        if isinstance(value, list):
+            yield key, ", ".join(map(str, value))
         else:
-            yield f"{prefix}{name}", f"{branch:.4g}" if isinstance(branch, float) else str(branch)
+            yield key, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def render(document: Mapping[str, Any], title: str = "Evaluation report") -> str:
@@ -152,7 +152,7 @@ def render(document: Mapping[str, Any], title: str = "Evaluation report") -> str
         if family.remarks:
             remarks = ((", ".join(variants), text) for text, variants in family.remarks.items())
             parts.append("\n".join(f"- {escape(variants)}: {escape(text)}" for variants, text in remarks))
-    about = [f"- {escape(key)}: {escape(value)}" for key, value in flat(document.get("about", {}))]
+    about = [f"- {escape(key)}: {escape(value)}" for key, value in texts(document.get("about", {}))]
     if about:
         parts += ["## What was scored", "\n".join(about)]
     return "\n\n".join(parts) + "\n"

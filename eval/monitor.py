@@ -24,7 +24,6 @@ from pretrain.model.encoder import Encoder
 
 FEWEST = 10
 """Samples, or pairs, below which a number would say nothing and is left out."""
-RETRIEVED = (1, 5, 10)
 
 
 @dataclass
@@ -170,7 +169,7 @@ def measure(held_out: dict[str, Seen], train: dict[str, Seen] | None = None) -> 
         x, y = first.embeddings[in_a], second.embeddings[in_b]
         same = instances(first.content[in_a], second.content[in_b])
         for queries, gallery, name in ((x, y, f"{a}_to_{b}"), (y, x, f"{b}_to_{a}")):
-            found = retrieval(queries, gallery, same, same, RETRIEVED)
+            found = retrieval(queries, gallery, same, same)
             values |= {f"retrieval/{name}/r{k}": share for k, share in found.items()}
             values[f"retrieval/{name}/chance_r1"] = retrieval_chance(same, same, (1,))[1]
         values[f"alignment/{a}_{b}"] = alignment(x, y)

@@ -13,7 +13,7 @@ Beside it are predictions.safetensors, for `eval.compare`: ``TASK.correct`` (n,)
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from data.errors import UserError
 from data.index import write_whole
 from eval import html, markdown
-from eval.compare import aligned
 from eval.page import SCHEMA as PAGE_SCHEMA
 
 SCHEMA = 2
@@ -155,9 +154,7 @@ def read_results(path: Path, about: Mapping[str, Any]) -> Results | None:
 
 def table(results: Results) -> str:
     """What matters most of the results with 95 % intervals, beside every baseline, as aligned text."""
-    lines: list[tuple[str, ...]] = [
-        ("task", "metric", "score", "95 % interval", "random encoder", "raw input", "chance")
-    ]
+    lines: list[tuple[str, ...]] = [HEADER]
     for task, entry in results.items():
         for metric in HEADLINES.get(task.partition("/")[0], ()):
             if metric in entry["metrics"] and "_without_" not in task:
@@ -167,6 +164,19 @@ def table(results: Results) -> str:
                 ends = f"{_percent(interval[0])} .. {_percent(interval[1])}" if interval else ""
                 lines.append((task, metric, _percent(found["value"]), ends, *map(_percent, baselines)))
     return aligned(lines, left=(0, 1))
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Columns under a header, which is the first line; those of the numbers ``left`` are flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
 def _percent(value: float | None) -> str:

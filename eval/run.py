@@ -78,7 +78,9 @@ def evaluate(
 
     Raises:
         SampleError: a sample that can't be read or has no label.
-        EvaluationError: labels that don't fit ``config.classes``, or that a task refuses.
+        EncoderError, FeatureError, FetchError, ShardError: as `sweep`.
+        TokenError: more token states than memory is for, with the attentive probe.
+        EvaluationError: labels that don't fit ``config.classes``, or that a task refuses; two equal splits.
     """
     world = world or World()
     for a, b, what in (("train", "test", "tested"), ("val", "test", "tested"), ("train", "val", "held out")):

@@ -19,7 +19,8 @@ from data.errors import UserError
 from data.transforms import Views
 
 CODE = 1
-"""Of this file and of eval/features.py: raise it where features change, and none that were kept are used again."""
+"""Of the code that makes features, here, in encoders.py, stock.py and features.py, in data/ and in pretrain/model/:
+raise it where features change, and none that were kept are used again."""
 LAST = -1
 POOLINGS = ("default", "cls", "mean")
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pillow", "soundfile", "soxr")

@@ -31,9 +31,8 @@ from data.transforms import FRAME, HOP, SAMPLE_RATE, AudioView, ImageView, TextV
 from eval.scored import LAST, Encoded, EncoderError, Scored, always_the_same, read_config, tensors_digest
 
 MAX_TOKENS = 512  # captions are cut there, whatever the model could read
-FEWEST_WORDS = 10  # of a tokenizer: where its files are missing, `transformers` makes one of special tokens alone
 MAX_SECONDS = 30  # and sounds for models that have no longest one
-
+FEWEST_WORDS = 10  # of a tokenizer: where its files are missing, `transformers` makes one of special tokens alone
 
 # What loading raises where a file is missing, damaged, or asks for what can't be.
 _UNLOADABLE = (

@@ -1,6 +1,6 @@
-"""What the fine-tuning examples share: a few labelled samples of shards, training with them, and a table of scores.
+"""What the examples in plain libraries share: a few labelled samples of shards, training with them, a table of scores.
 
-Nothing but public libraries; copy it along with the script that you start from.
+Copy it along with the script that you start from.
 """
 
 import argparse
@@ -198,6 +198,17 @@ def _label(sample: Mapping[str, Any], field: str) -> str:
     raise ValueError(f"{where}: its .json has no text or whole number as {field!r}; it has {known}")
 
 
+def templates_of(given: Sequence[str] | None, default: str) -> Sequence[str]:
+    """Prompts with {} for the class: those of ``--template``, or the ``default``.
+
+    Raises:
+        ValueError: one without {}, with which all classes would have the same prompt.
+    """
+    if missing := [template for template in given or () if "{}" not in template]:
+        raise ValueError(f"--template {missing[0]!r}: {{}} is needed where the class's name goes")
+    return given or [default]
+
+
 def class_names(given: Sequence[str], samples: Sequence[Sample]) -> dict[str, str]:
     """Label -> the name that prompts give it, from ``LABEL=NAME`` or, where the two are the same, ``NAME``.
 
@@ -274,7 +285,8 @@ def compare(
         drawn = draw(samples, given.labels, seed)
         rng = random.Random(seed)
         train = [row(sample, rng) for sample in drawn for _ in range(given.views)]
-        test = [rows[sample] for sample in tests if sample not in set(drawn)]  # none is scored that was trained on
+        trained = set(drawn)
+        test = [rows[sample] for sample in tests if sample not in trained]  # none is scored that was trained on
         if not test:
             raise ValueError("--test: nothing is left that is not among the labelled samples")
         scored = min(scored, len(test))

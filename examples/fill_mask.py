@@ -55,7 +55,8 @@ def compare(given: argparse.Namespace) -> None:
     folder = part(given.export, "text/masked_lm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = draw(read(given.train, TEXTS, None), given.captions, given.seed)
-    captions = [sample.text() for sample in read(given.test, TEXTS, None) if sample not in set(drawn)]
+    trained = set(drawn)
+    captions = [sample.text() for sample in read(given.test, TEXTS, None) if sample not in trained]
     if not captions:
         raise ValueError("--test: no caption is left that is not trained on")
     rows = [tokenizer(sample.text(), truncation=True) for sample in drawn]

@@ -11,7 +11,7 @@ mean of a few labelled pictures. Nothing is trained: the audio classifier's head
 import argparse
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from few_labels import (
     read,
     reader,
     run,
+    templates_of,
 )
 from transformers import (
     AutoFeatureExtractor,
@@ -106,10 +107,12 @@ def named_classifier(load: Load, export: Path, names: Sequence[str], templates: 
     return model
 
 
-def audio_classes(load: Load, given: argparse.Namespace, names: dict[str, str], test: Sequence[Sample]) -> float:
-    """Accuracy of the first class that the pipeline gives."""
-    extractor = AutoFeatureExtractor.from_pretrained(part(given.export, "embed_audio"))
-    model = named_classifier(load, given.export, list(names.values()), given.template or ["a sound of {}"])
+def audio_classes(
+    load: Load, export: Path, names: Mapping[str, str], templates: Sequence[str], test: Sequence[Sample]
+) -> float:
+    """Accuracy of the first class that the pipeline gives; ``names`` are those of labels."""
+    extractor = AutoFeatureExtractor.from_pretrained(part(export, "embed_audio"))
+    model = named_classifier(load, export, list(names.values()), templates)
     classify = pipeline("audio-classification", model=model, feature_extractor=extractor)
     rate = extractor.sampling_rate  # the pipeline resamples nothing without torchaudio
     right = 0
@@ -123,6 +126,7 @@ def score(given: argparse.Namespace) -> None:
     """All three, by the export and by random weights."""
     if given.samples < 1:
         raise ValueError(f"--samples {given.samples}: 1 or more is allowed")
+    templates = templates_of(given.template, "a sound of {}")
 
     def few(extensions: Sequence[str], label: str | None) -> list[Sample]:
         found = read(given.test, extensions, label)
@@ -134,7 +138,9 @@ def score(given: argparse.Namespace) -> None:
     scores = {
         "image-feature-extraction": [image_features(load, given.export, labelled, pictures) for load in LOADS.values()],
         "fill-mask": [fill_mask(load, given.export, captions) for load in LOADS.values()],
-        "audio-classification": [audio_classes(load, given, names, sounds) for load in LOADS.values()],
+        "audio-classification": [
+            audio_classes(load, given.export, names, templates, sounds) for load in LOADS.values()
+        ],
     }
     print(f"{len(pictures)} pictures, {len(captions)} captions, {len(sounds)} sounds of {len(names)} classes\n")
     print_scores(scores, list(LOADS))

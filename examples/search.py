@@ -55,6 +55,8 @@ def query(given: argparse.Namespace) -> None:
             about, vectors = file.metadata() or {}, file.get_tensor("vectors")
     except SafetensorError as error:
         raise UserError(f"{given.index}: no index that `build` made: {error}") from error
+    if lacking := [key for key in ("encoder", "sha256", "paths") if key not in about]:
+        raise UserError(f"{given.index}: no index that `build` made: its metadata have no {lacking[0]}")
     inputs = load(about["encoder"])
     if inputs.scored.fingerprint != about["sha256"]:
         raise UserError(

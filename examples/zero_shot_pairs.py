@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from few_labels import PICTURES, class_names, part, print_scores, random_weights, read, reader, run
+from few_labels import PICTURES, class_names, part, print_scores, random_weights, read, reader, run, templates_of
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 
@@ -31,9 +31,7 @@ def score(given: argparse.Namespace) -> None:
     """The export, and random weights."""
     folder = part(given.export, "image_text")
     processor, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    templates = given.template or ["a photo of a {}"]
-    if missing := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"--template {missing[0]!r}: {{}} is needed where the class's name goes")
+    templates = templates_of(given.template, "a photo of a {}")
     samples = read(given.test, PICTURES, given.label)
     names = class_names(given.classes, samples)
     wanted = torch.tensor([list(names).index(sample.label) for sample in samples])

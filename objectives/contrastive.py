@@ -46,7 +46,7 @@ class ContrastiveConfig:
     weight: float = 1.0
     """Weight of each pair's term; 0 switches the objective off."""
     weight_end: float | None = None
-    """Weight at the last step, towards which it moves evenly; null: it stays."""
+    """Weight at the end of training, to which it goes in a straight line; null keeps it as it is."""
     loss: str = "info_nce"
     """Allowed: info_nce (CLIP), sigmoid (SigLIP)."""
     temperature: float | None = None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
+from objectives.gather import world_size
 from objectives.masking import PatchSplit
 from objectives.passes import JointInput, JointPass, Passes, at_least_float32
 from objectives.teacher import Teacher, TeacherConfig
@@ -186,7 +187,7 @@ class LatentTarget(nn.Module):
 
     @torch.no_grad()
     def wanted(self, _: Encoder, joint: JointPass) -> dict[str, Tensor]:
-        """The teacher's states of all patches (n, P, D), of modality made of patches."""
+        """The teacher's states of all patches (n, P, D), of each modality made of patches."""
         teacher: Any = self.teacher.module
         streams = {name: teacher.tokens(name, inputs) for name, inputs in joint.inputs.items()}
         states = teacher.trunk(streams, last=self.config.layers)
@@ -245,7 +246,7 @@ class PrototypeTarget(LatentTarget):
         super().after_step(encoder, progress)
         self.teacher_prototypes.follow(self.prototypes, progress)
         sums = self.centres.new_zeros(len(self.centres), self.config.prototypes + 1) if self.sums is None else self.sums
-        if dist.is_available() and dist.is_initialized():
+        if world_size() > 1:
             dist.all_reduce(sums)
         count = sums[:, -1:]
         means = torch.where(count > 0, sums[:, :-1] / count, self.centres)

@@ -25,7 +25,8 @@ from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
 # class says which modalities it `learns_from`, else it is not built, and which passes it `reads`, "embeddings", "pairs"
-# (embeddings of samples that have several modalities) or "joint"; passes that nobody reads are not made. It may have
+# (embeddings of samples that have several modalities) or "joint"; passes that nobody reads are not made. `names` are
+# those of its terms. It may have ``counts(joint)``, by which ``Passes.counts`` come about, and
 # ``after_step(encoder, progress)``, see ``Pretraining.after_step``.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
@@ -103,8 +104,13 @@ class ObjectivesConfig:
                 raise ValueError(f"objectives.{name}.weight={weight}: allowed is 0 or more")
             if not 0 <= (weight := self.weight(name, 1)) < math.inf:
                 raise ValueError(f"objectives.{name}.weight_end={weight}: allowed is 0 or more, or null")
-        if all(self.weight(name, progress) == 0 for name in OBJECTIVES for progress in (0, 1)):
+        if not self.used:
             raise ValueError("every objective has weight 0: there is nothing to learn")
+
+    @property
+    def used(self) -> list[str]:
+        """Names of the objectives whose weight is above 0 at some time."""
+        return [name for name in OBJECTIVES if max(self.weight(name, progress) for progress in (0, 1)) > 0]
 
     def weight(self, objective: str, progress: float) -> float:
         """An objective's weight when ``progress`` of the steps, 0 .. 1, are done."""
@@ -179,8 +185,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.config = config
-        weighty = [name for name in OBJECTIVES if any(config.weight(name, progress) > 0 for progress in (0, 1))]
-        used = [name for name in weighty if OBJECTIVES[name].learns_from(encoder.views.used)]
+        used = [name for name in config.used if OBJECTIVES[name].learns_from(encoder.views.used)]
         self.objectives = nn.ModuleDict({name: OBJECTIVES[name](getattr(config, name), encoder) for name in used})
         ordinary = torch.ones(encoder.vocabulary.size, dtype=torch.bool)
         ordinary[list(encoder.vocabulary.special_ids)] = False
@@ -228,7 +233,9 @@ class Pretraining(nn.Module):
             # Which parameters a step reaches depends on what there is, not on numbers: it is found out once per case.
             seen = tuple(tuple(each.inputs) for each in joint)
             pulled = together and together.contrast and tuple(together.contrast.parameters)
-            case = (tuple(batch.fields), whole, tuple(terms), seen, pulled)
+            # Of the embeddings, not of the batch: a modality that no pair of this rank has makes none, though another
+            # rank's pairs give it a term here, too.
+            case = (tuple(passes.embeddings), whole, tuple(terms), seen, pulled)
             if case not in self._idle:
                 reached = reached_from(total)
                 learned = ((name, each) for name, each in self.named_parameters() if each.requires_grad)
@@ -260,15 +267,19 @@ class Pretraining(nn.Module):
         counts = self._counts(joints, active)
         contrasts: Sequence[Contrast | None] = [None] * len(batches)
         if "contrastive" in active and self.config.contrastive.cached:
-            contrasts = self._contrast(batches, seed, whole)
+            contrasts = self._contrast(batches, seed, whole, active)
         return [Together(joint, counts, contrast) for joint, contrast in zip(joints, contrasts, strict=True)]
 
-    def _contrast(self, batches: Sequence[Batch], seed: int, whole: bool) -> list[Contrast]:
+    def _contrast(
+        self, batches: Sequence[Batch], seed: int, whole: bool, objectives: Collection[str]
+    ) -> list[Contrast]:
         objective = self.objectives["contrastive"]
         if not isinstance(objective, Contrastive):
             raise TypeError(f"contrastive is a {type(objective).__name__}")
+        # The rows that `forward` embeds: all of them where another objective reads more than pairs.
+        reading = [name for name in objectives if OBJECTIVES[name].reads != "joint"]
         with torch.no_grad():
-            embeddings = [self.passes(batch, seed, whole, ["contrastive"]).embeddings for batch in batches]
+            embeddings = [self.passes(batch, seed, whole, reading).embeddings for batch in batches]
         groups = [batch.groups for batch in batches if batch.groups is not None]
         found = embedding_gradients(objective, embeddings, [batch.size for batch in batches], groups or None)
         parts = len(batches)

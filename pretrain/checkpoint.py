@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from data.documents import read_document
 from data.errors import UserError
 from data.stream import STATE
 from data.text import load_tokenizer
@@ -387,9 +388,10 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: another schema, another identity (says in what), or tensors that don't fit.
+        UserError: a state.json that is damaged.
         FileNotFoundError: a file is missing.
     """
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = read_document(checkpoint / "state.json")
     if saved.get("schema") != SCHEMA:
         raise CheckpointError(f"{checkpoint}: schema {saved.get('schema')}; this version reads {SCHEMA}")
     changed = [key for key in {**saved["identity"], **identity} if saved["identity"].get(key) != identity.get(key)]

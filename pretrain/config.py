@@ -71,7 +71,7 @@ class TrainConfig:
     recompute: bool = False
     """Compute the blocks' activations again in the backward pass (activation checkpointing): less memory, more time."""
     threads: int | None = None
-    """CPU threads when training on a CPU; null takes every core that the process may use."""
+    """CPU threads when training on a CPU; null takes all cores there are, shared evenly by a machine's processes."""
     log_every: int = 20
     """Steps between two lines of progress and of metrics.jsonl."""
     save_every: int = 200
@@ -171,11 +171,10 @@ class Config:
         if self.eval.monitor.every is not None and not self.data.val:
             raise ValueError(f"eval.monitor.every={self.eval.monitor.every} needs data.val; null: no looks on the way")
         used = self.data.views.used
-        active = [name for name in OBJECTIVES if max(self.objectives.weight(name, at) for at in (0, 1)) > 0]
-        if not any(OBJECTIVES[name].learns_from(used) for name in active):
+        if not any(OBJECTIVES[name].learns_from(used) for name in self.objectives.used):
             raise ValueError(
                 f"data.views has only {', '.join(used)}, from which none of the objectives of weight above 0 "
-                f"({', '.join(active)}) learns"
+                f"({', '.join(self.objectives.used)}) learns"
             )
         if self.tokenizer.name is None and self.tokenizer.train is None:
             raise ValueError("tokenizer: give name (a folder or hub id) or train (a vocabulary size)")

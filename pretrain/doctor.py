@@ -30,6 +30,7 @@ from torch import Tensor
 from data import digits
 from data.batch import Batch
 from data.batches import read_ahead
+from data.crew import available_cpus
 from data.decode import MODALITIES
 from data.errors import UserError
 from data.fetch import is_url
@@ -41,7 +42,7 @@ from data.transforms import OnDevice
 from pretrain.config import Config, TrainConfig
 from pretrain.engine import follow, go_backward, step_seed
 from pretrain.progress import duration
-from pretrain.start import Run, available_cpus, fast_in_bf16, set_up
+from pretrain.start import Run, fast_in_bf16, set_up
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SHOWN = 10  # unreadable shards of a split that are named
@@ -94,7 +95,7 @@ def examine(config: Config, accelerator: Accelerator) -> str:
         try:
             sources = open_train(data)
             if main:
-                pairs = config.objectives.weight("contrastive", 0) > 0
+                pairs = "contrastive" in config.objectives.used
                 report["samples"] = samples(sources, list(data.views.used), pairs)
             with silent(accelerator):
                 aside = replace(config, data=data, out=str(folder / "run"), resume="auto")

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -17,34 +17,34 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data.batch import Batch
+from data.errors import UserError
 from data.index import write_whole
 from data.source import Source
 from data.stream import open_cache, open_split
 from data.transforms import OnDevice
 from eval.monitor import Monitor
+from objectives.gather import world_size
 from objectives.pretraining import Loss, Pretraining, Together, trunk_gradients
 from pretrain import trackers
 from pretrain.checkpoint import Checkpoints, find_last, point_last
 from pretrain.config import Config
-from pretrain.optimizer import TrainingError, learning_rate, set_learning_rate
+from pretrain.optimizer import learning_rate, set_learning_rate
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks, Stop
 from pretrain.sharding import Sharded, bare_of, full, gather, gathered, no_sync
 from pretrain.start import Run, claimed, identity_of, set_up, start_accelerator
 
 
-class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """A signal asked the run to stop; it is saved.
+class TrainingError(UserError):
+    """Training can't go on; names the step and the terms."""
 
-    Attributes:
-        signal: its name.
-        checkpoint: where the run goes on.
-    """
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """A signal asked the run to stop; it is saved."""
 
     def __init__(self, signal: str, checkpoint: Path, resume: str) -> None:
         again = "with resume=auto it goes on from there" if resume == "none" else "the same command goes on from it"
         super().__init__(f"stopped by {signal}; {checkpoint} is saved, {again}")
-        self.signal, self.checkpoint = signal, checkpoint
 
 
 def pretrain(
@@ -66,10 +66,12 @@ def pretrain(
 
     Raises:
         ConfigError: settings that this machine or these data can't meet.
+        InitialError: a model of ``init_from`` that does not fit.
         ShardError, FetchError: shards that are missing or damaged.
         StreamError: too many samples that can't be used, or a checkpoint that belongs to other data.
         CheckpointError: a checkpoint that belongs to another model, or can't be written.
         TrainingError: too many steps whose gradient is not finite.
+        LostRankError: another process no longer answers.
         Stopped: SIGTERM or SIGUSR1 came.
     """
     accelerator = accelerator or start_accelerator(config)
@@ -131,7 +133,7 @@ def train(run: Run) -> Path:
             again = {"save again": int(failed is not None)}
             everywhere = ranks.sum(stop.got | again | rows_of(batch, config) | terms_of(loss, run.bare))
             run.bad.note(run.step, bad, loss.terms, batch.keys)
-            values |= mean_terms(loss, run.bare, everywhere) | shares_cut(batch, everywhere)
+            values |= mean_terms(loss, run.bare, everywhere) | shares_cut(config.data.views.used, everywhere)
             values |= {"gradient_norm": norm, "learning_rate": rate}
             asked = next((name for name in stop.got if everywhere[name]), None)
             rows = {name: everywhere[f"rows {name}"] for name in config.data.views.used}
@@ -225,11 +227,14 @@ def make_monitor(run: Run) -> Monitor | None:
 
 
 def rows_of(batch: Batch, config: Config) -> dict[str, int]:
-    """How many rows of the batch have a modality, and of how many it was longer than its view."""
-    fields, numbers = batch.fields, dict[str, int]()
+    """How many rows of the batch have a modality, how many of them may be longer than its view, and how many were."""
+    numbers = dict[str, int]()
     for name in config.data.views.used:
-        numbers[f"rows {name}"] = len(fields[name].rows) if name in fields else 0
-        numbers[f"cut {name}"] = (fields[name].cut or 0) if name in fields else 0
+        field = batch.fields.get(name)
+        rows, cut = (0, None) if field is None else (len(field.rows), field.cut)
+        numbers[f"rows {name}"] = rows
+        numbers[f"cuttable {name}"] = 0 if cut is None else rows
+        numbers[f"cut {name}"] = cut or 0
     return numbers
 
 
@@ -243,9 +248,9 @@ def mean_terms(loss: Loss, bare: Pretraining, everywhere: Mapping[str, int]) -> 
     names = [name for name in bare.names if everywhere[f"has {name}"]]
     zero = torch.zeros_like(loss.total)
     values = torch.stack([loss.total, *(loss.terms.get(name, zero).to(zero.dtype) for name in names)])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if (world := world_size()) > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+        values /= world
     return dict(zip(["loss", *names], values.unbind(), strict=True))
 
 
@@ -332,7 +337,7 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # torch's generators take signed 64-bit seeds
 
 
-def shares_cut(batch: Batch, everywhere: Mapping[str, int]) -> dict[str, float]:
+def shares_cut(modalities: Iterable[str], everywhere: Mapping[str, int]) -> dict[str, float]:
     """``cut_text`` and the like: the share of a modality's samples that were longer than its view, of all ranks."""
-    names = [name for name, field in batch.fields.items() if field.cut is not None]
-    return {f"cut_{name}": everywhere[f"cut {name}"] / everywhere[f"rows {name}"] for name in names}
+    rows = {name: everywhere[f"cuttable {name}"] for name in modalities}
+    return {f"cut_{name}": everywhere[f"cut {name}"] / number for name, number in rows.items() if number}

@@ -3,7 +3,7 @@
 LayerNorm's epsilon stays ours, 1e-6; stock ones are 1e-12 to 1e-5, which changes features in the sixth digit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data.manifest import check_folder
 from pretrain.model.encoder import Encoder
 from pretrain.stock import PAIRS, POSITIONS
 
-# The type of model that each stream starts from, and its keys that must be those of the encoder.
+# Modality -> ``model_type`` of the models that its stream can start from.
 TYPES = {"image": "vit", "text": "roberta-prelayernorm", "audio": "audio-spectrogram-transformer"}
 
 
@@ -26,8 +26,8 @@ class InitialError(UserError):
     """A model from which the encoder can't start; names it and what does not fit."""
 
 
-def load_initial(encoder: Encoder, given: Mapping[str, str]) -> None:
-    """Copy the weights of stock models into an encoder, all or none; say how many tensors they were.
+def load_initial(encoder: Encoder, given: Mapping[str, str], say: Callable[[str], None] = print) -> None:
+    """Copy the weights of stock models into an encoder, all or none.
 
     Positions are fitted to the encoder's sizes: those of an image are interpolated (bicubic, as ViT does for other
     resolutions), those of a spectrogram are cut where theirs has as many frames or more, and those of text are cut.
@@ -35,6 +35,7 @@ def load_initial(encoder: Encoder, given: Mapping[str, str]) -> None:
     Args:
         encoder: random so far.
         given: modality -> folder or hub id of a ViTModel, RobertaPreLayerNormModel or ASTModel in safetensors.
+        say: gets a line per modality, with the number of tensors.
 
     Raises:
         InitialError: another kind of model, other sizes, weights that are missing, or several modalities for one set
@@ -52,7 +53,7 @@ def load_initial(encoder: Encoder, given: Mapping[str, str]) -> None:
     for modality, name in given.items():
         check_folder(Path(name))  # weights with a flipped bit would load without a word
         found = _copies(encoder, modality, name)
-        print(f"initial   {modality} from {name}: loaded {len(found)}/{len(found)} tensors")
+        say(f"initial   {modality} from {name}: loaded {len(found)}/{len(found)} tensors")
         copies += found
     with torch.no_grad():
         for ours, theirs in copies:

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.errors import UserError
 from objectives.pretraining import Pretraining
 from pretrain.config import TrainConfig
 
@@ -109,11 +108,7 @@ class BadSteps:
         self._seen.append((step, bad, terms, keys))
 
     def look(self) -> "list[BadStep]":
-        """The bad ones among the steps noted since the last look; this waits for the device.
-
-        Raises:
-            TrainingError: there were more than are allowed in all; names the last one and its terms.
-        """
+        """The bad ones among the steps noted since the last look, now counted; this waits for the device."""
         found = [
             BadStep(step, [name for name, term in terms.items() if not math.isfinite(term.item())], keys)
             for step, bad, terms, keys in self._seen
@@ -136,7 +131,3 @@ class BadStep(NamedTuple):
     step: int
     terms: list[str]
     keys: list[str]
-
-
-class TrainingError(UserError):
-    """Training can't go on; names the step and the terms."""

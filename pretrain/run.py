@@ -68,7 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", help="YAML file; default: the digits recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
-    parser.add_argument("--explain", metavar="KEY", help="say what a setting, such as train.warmup, means, and stop")
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="say what a setting, such as train.warmup, means, or without KEY which sections there are, and stop",
+    )
     arguments = parser.parse_intermixed_args(argv)
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # no recipe was given, only settings

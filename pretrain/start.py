@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from data.crew import available_cpus
+from data.documents import leaves
 from data.index import write_whole
 from data.source import Source
 from data.stream import Stream, open_train
@@ -184,13 +186,6 @@ def fast_in_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def available_cpus() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def claimed(out: Path, accelerator: Accelerator) -> Iterator[None]:
     """Keep other runs out of a folder; the system gives it back when this process ends, however that is.
@@ -244,7 +239,7 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
     torch.manual_seed(config.seed)
     encoder = Encoder(config.model, config.data.views, vocabulary_of(tokenizer))
     if resumed_from is None:
-        load_initial(encoder, config.init_from)
+        load_initial(encoder, config.init_from, accelerator.print)
     encoder.recompute = config.train.recompute
     continues = continues_word(tokenizer) if config.objectives.masked_language.whole_words else None
     bare = Pretraining(encoder, config.objectives, continues).to(accelerator.device)
@@ -405,24 +400,13 @@ def share_average(average: Encoder | None, accelerator: Accelerator) -> nn.Modul
 
 def identity_of(config: Config) -> dict[str, Any]:
     """Everything but the data that, if it changed, would make a resumed run another run; dotted keys."""
-    parts: dict[str, Any] = {
-        "model": config.model,
-        "objectives": config.objectives,
-        "data.views": config.data.views,
-        "tokenizer": config.tokenizer,
+    parts = {
+        "data": {"group": config.data.group, "views": asdict(config.data.views)},
+        "model": asdict(config.model),
+        "objectives": asdict(config.objectives),
+        "tokenizer": asdict(config.tokenizer),
     }
-    flat: dict[str, Any] = {"data.group": config.data.group}
-    flat |= {key: value for name, part in parts.items() for key, value in flatten(name, asdict(part))}
-    return {key: value for key, value in flat.items() if key not in SAME_RESULT}
-
-
-def flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts with their dotted keys."""
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for name, branch in tree.items():
-        yield from flatten(f"{prefix}.{name}", branch)
+    return {key: value for key, value in leaves(parts) if key not in SAME_RESULT}
 
 
 def record_run(config: Config, given: str | None) -> None:

@@ -15,18 +15,11 @@ MIN_RANK_SHARE = 0.05
 MAX_DATA_WAIT = 0.3
 # Of the pulls at the trunk. One with nine times the pull of all others decides where the trunk goes.
 MAX_PULL_SHARE = 0.9
-# Of the weighted losses, which say less: a contrastive loss of 5 and a pixel loss of 0.3 can pull alike.
-MAX_LOSS_SHARE = 0.97
 # Of the lines. What holds at the end counts: the start has warm-up and compilation, and caches to fill.
 LAST_PART = 0.25
 
 
-def warnings_of(
-    metrics: Sequence[Mapping[str, Any]],
-    probe: Mapping[str, float],
-    dims: Mapping[str, int],
-    weights: Mapping[str, float] | None = None,
-) -> list[str]:
+def warnings_of(metrics: Sequence[Mapping[str, Any]], probe: Mapping[str, float], dims: Mapping[str, int]) -> list[str]:
     """What may have gone wrong and what to do about it, a sentence or two each.
 
     Args:
@@ -34,11 +27,10 @@ def warnings_of(
         probe: values of the newest evaluation. ``rankme/<modality>`` is looked for here, then in the newest line that
             has it; ``broken/<modality>``, the number of outputs that are zero or not finite, is looked for here.
         dims: modality -> the most that its RankMe can be: the width of its features, or the number of samples if fewer.
-        weights: loss -> its weight at the end of the run, for runs that did not look at the pulls of their losses.
     """
     return [
         *_collapsed(metrics, probe, dims),
-        *_dominated(metrics, weights or {}),
+        *_dominated(metrics),
         *_not_finite(metrics),
         *_waiting(metrics),
         *_skipped(metrics),
@@ -65,31 +57,17 @@ def _collapsed(
             )
 
 
-def _dominated(metrics: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> Iterator[str]:
+def _dominated(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     pulls = _last_means(metrics, "trunk_norm/")
-    if len(pulls) > 1:
-        name, share = _largest(pulls)
-        if share > MAX_PULL_SHARE:
-            yield (
-                f"{name} decides alone what the trunk learns: it has {share:.0%} of all the losses' pull at it "
-                "(trunk_norm/ in metrics.jsonl). Lower the weight of its objective, or raise that of the others"
-            )
+    if len(pulls) < 2:
         return
-    means = _last_means(metrics, "")
-    losses = {name: abs(weight * means[name]) for name, weight in weights.items() if weight and name in means}
-    if len(losses) > 1:
-        name, share = _largest(losses)
-        if share > MAX_LOSS_SHARE:
-            yield (
-                f"{name} is {share:.0%} of the weighted loss, which may leave little to the others. "
-                "train.gradients_every=100 shows how strongly each pulls at the trunk; their weights can be changed"
-            )
-
-
-def _largest(values: Mapping[str, float]) -> tuple[str, float]:
-    """The name of the largest value, and its share of their sum."""
-    name = max(values, key=values.__getitem__)
-    return name, values[name] / (sum(values.values()) or 1)
+    name = max(pulls, key=pulls.__getitem__)
+    share = pulls[name] / (sum(pulls.values()) or 1)
+    if share > MAX_PULL_SHARE:
+        yield (
+            f"{name} decides alone what the trunk learns: it has {share:.0%} of all the losses' pull at it "
+            "(trunk_norm/ in metrics.jsonl). Lower the weight of its objective, or raise that of the others"
+        )
 
 
 def _not_finite(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -7,7 +7,7 @@ tracker that is named may go to the network, as its own settings say (``WANDB_MO
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
+from data.documents import leaves
 from data.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -109,7 +110,7 @@ def start(
     ids = {"run": uuid4().hex, **(ids or {})}
     arguments = run_arguments(ids, config.run or out.resolve().name, out, step)
     # MLflow refuses settings that change, TensorBoard would show one more run.
-    stored = dict(flat(settings)) if step == 0 else None
+    stored = storable(settings) if step == 0 else None
     accelerator.init_trackers(config.project, config=stored, init_kwargs=arguments)
     if accelerator.is_main_process:
         ids |= {each.name: own for each in accelerator.trackers if (own := own_id(each.name, each.tracker)) is not None}
@@ -179,12 +180,9 @@ def finish(accelerator: Accelerator) -> None:
     accelerator.trackers.clear()
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Leaves of nested mappings with their dotted keys; what is no number, truth value or text becomes text."""
-    for name, branch in tree.items():
-        if isinstance(branch, Mapping):
-            yield from flat(branch, f"{prefix}{name}.")
-        elif isinstance(branch, bool | int | float | str):
-            yield f"{prefix}{name}", branch
-        else:
-            yield f"{prefix}{name}", "null" if branch is None else str(branch)
+def storable(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Settings by their dotted keys; what is no number, truth value or text becomes text."""
+    return {
+        key: value if isinstance(value, bool | int | float | str) else "null" if value is None else str(value)
+        for key, value in leaves(settings)
+    }

@@ -135,7 +135,8 @@ def serve() -> Iterator[Server]:
 
 def run_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that no proxy stands before."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):  # where both are set, the second counts
+        monkeypatch.setenv(name, "127.0.0.1")
     with serve() as running:
         yield running
 

@@ -1,17 +1,21 @@
 """Micro-batches: their gradients are those of the whole batch, with all of its negatives."""
 
 import dataclasses
+from collections.abc import Collection
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch
 from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
-from objectives.pretraining import Loss, ObjectivesConfig, Pretraining, UnimodalKeepConfig
+from objectives.passes import Passes
+from objectives.pretraining import OBJECTIVES, Loss, ObjectivesConfig, Pretraining, UnimodalKeepConfig
 from pretrain.engine import go_backward
 from tests.samples import VIEWS, batch, encoder
 
@@ -73,6 +77,38 @@ def test_micro_batches_are_the_whole_batch(loss: str, grouped: bool) -> None:
         torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-10)
 
 
+class Silent(nn.Module):
+    """Reads the embeddings of all rows, and wants nothing of them."""
+
+    reads = "embeddings"
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.names = ["silent"]
+
+    @staticmethod
+    def learns_from(_: Collection[str]) -> bool:
+        return True
+
+    def forward(self, passes: Passes) -> dict[str, Tensor]:
+        return {"silent": sum((0 * each.x.sum() for each in passes.embeddings.values()), torch.zeros(()))}
+
+
+def test_the_cache_embeds_what_all_objectives_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a partner, too, where another objective wants them: gradients belong to the same rows."""
+    given, settings = inputs(False), config()
+    _, expected = whole(settings, given)
+    monkeypatch.setitem(OBJECTIVES, "silent", Silent)
+    new = ("silent", Any, dataclasses.field(default_factory=lambda: SimpleNamespace(weight=1.0, weight_end=None)))
+    make: Any = dataclasses.make_dataclass("WithSilent", [new], bases=(ObjectivesConfig,))
+    model = model_of(make(**vars(settings)))
+    go_backward(Accelerator(cpu=True), model, given.split(PARTS), 5, False, 0.0)
+    got = gradients(model)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-10)
+
+
 def test_without_the_cache_each_micro_batch_has_its_own_negatives() -> None:
     given = inputs(False)
     parts = given.split(PARTS)
@@ -81,8 +117,9 @@ def test_without_the_cache_each_micro_batch_has_its_own_negatives() -> None:
     total = torch.stack([alone(part, seed=5).total for part in parts]).mean()
     torch.autograd.backward(total)
     torch.testing.assert_close(found.total, total.detach())
-    expected = gradients(alone)
-    for name, gradient in gradients(model).items():
+    expected, got = gradients(alone), gradients(model)
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10)
     masked, _ = whole(config(cached=False, masked=1.0), given)
     both = go_backward(Accelerator(cpu=True), model_of(config(cached=False, masked=1.0)), parts, 5, False, 0.0)

@@ -27,9 +27,9 @@ ENVIRONMENT: dict[str, Any] = {
 }
 
 
-def results(text: str, load: float = 0.0) -> dict[str, Any]:
+def results(text: str, busy: float | None = 0.0) -> dict[str, Any]:
     about = {"command": "python benchmarks/x.py", "date": "2026-01-02", "seconds": 7, "threads": 4}
-    return {**about, "load_before": load, **ENVIRONMENT, "figures": {}, "text": text}
+    return {**about, "busy_before": busy, **ENVIRONMENT, "figures": {}, "text": text}
 
 
 def test_sides_take_turns_and_warm_up_first() -> None:
@@ -82,8 +82,9 @@ def test_only_sections_with_results_are_written_anew() -> None:
 
 def test_a_busy_machine_is_named() -> None:
     script = Script("x", ())
-    assert "busy" not in run.section(script, results("", load=0.7))
-    assert "busy" in run.section(script, results("", load=0.9))
+    assert "busy" not in run.section(script, results("", busy=19))
+    assert "busy" in run.section(script, results("", busy=21))
+    assert "not noted" in run.section(script, results("", busy=None))
 
 
 def test_plain_text_is_set_as_such() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 import pretrain.checkpoint
 from data.batch import Batch, Field
+from data.errors import UserError
 from data.index import Shard
 from data.source import Source
 from data.stream import DataConfig, Stream
@@ -397,6 +398,9 @@ def test_another_schema_is_refused(tmp_path: Path, trained: Run, tokenizer: PreT
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps({**state, "schema": 99}))
     with pytest.raises(CheckpointError, match="schema 99"):
+        load_checkpoint(checkpoint, trained.model, trained.optimizer, dict(DATA))
+    (checkpoint / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"step-00000002/state\.json: not JSON"):
         load_checkpoint(checkpoint, trained.model, trained.optimizer, dict(DATA))
 
 

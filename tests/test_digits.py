@@ -238,7 +238,7 @@ def test_pairings_beyond_the_templates_are_refused(tmp_path: Path, pairings: int
 
 
 def test_the_command_prints_samples_and_size(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(tmp_path)])
+    assert main([str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:3] for line in lines] == [
         ["train", "90", "samples"],
@@ -247,6 +247,17 @@ def test_the_command_prints_samples_and_size(small: None, tmp_path: Path, capsys
     ]
     assert float(lines[0][3]) == pytest.approx(
         sum(path.stat().st_size for path in tmp_path.glob("train-*.tar")) / 1e6, abs=0.05
+    )
+
+
+def test_the_command_says_what_stands_in_its_way(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train-00000.tar").write_bytes(b"precious")
+    assert main([str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path}/train-00000.tar: not written by this builder; choose another folder\n"
     )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import Field
+from data.errors import UserError
 from data.transforms import AudioView, ImageView, TextView, Views
 from pretrain.model.encoder import SCHEMA, Encoder
 from pretrain.model.layers import attention, gather_tokens
@@ -381,7 +382,6 @@ def test_recomputed_activations_change_no_gradient_and_keep_less(sharing: str) -
     assert kept_less < kept / 3
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(
     shutil.which("g++") is None or " " in torch.__path__[0],
@@ -455,6 +455,15 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**config, "schema": schema}))
         with pytest.raises(ValueError, match=rf"config\.json: schema {schema}; this version reads {SCHEMA}"):
             Encoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"model": None}, {"model": {"width": "wide"}}, {"vocabulary": {}}, {"views": 3}])
+def test_a_damaged_configuration_is_refused_by_name(tmp_path: Path, change: dict[str, Any]) -> None:
+    encoder().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config\.json is damaged: "):
+        Encoder.load(tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from data.stream import SourceConfig
 from objectives.pretraining import Loss, Pretraining
 from pretrain.checkpoint import CheckpointError, find_last, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config, to_yaml
-from pretrain.engine import step_seed
+from pretrain.engine import TrainingError, step_seed
 from pretrain.export import export
-from pretrain.optimizer import TrainingError, learning_rate, make_optimizer
+from pretrain.optimizer import learning_rate, make_optimizer
 from pretrain.progress import Progress
 from pretrain.run import skipped_samples
 from pretrain.start import drop_later_metrics, start_accelerator
@@ -160,7 +160,7 @@ def test_training_changes_every_part_of_the_model(whole: Run, tmp_path: Path) ->
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
-    ends = []
+    ends: list[dict[str, Tensor]] = []
     for seed in (0, 0, 1):
         settings = [f"seed={seed}", "train.steps=1", f"out={tmp_path / str(len(ends))}"]
         ends.append(tiny_trained_state(pretrain.engine.pretrain(tiny_config(tmp_path, *settings))))

@@ -275,7 +275,7 @@ def test_an_export_that_is_damaged_or_not_whole_is_known(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     out = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(exported), str(out)], check=True)
+    shutil.copytree(exported, out)
     assert main(["--check", str(out)]) == 0
     assert "files as they were written" in capsys.readouterr().out
     words = damage(out, kind)
@@ -529,6 +529,8 @@ def test_a_whole_export_is_pushed_to_a_private_repository(
         push(tmp_path, "me/encoder")
     assert FakeHub.calls == []
     monkeypatch.setattr(pretrain.export, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     with pytest.raises(ExportError, match=r"--push-to-hub me/encoder: .*refused"):
         push(exported, "me/encoder")
 

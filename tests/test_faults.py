@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -300,7 +301,6 @@ def test_a_shard_that_goes_away_stops_the_run_by_name(tmp_path: Path, workers: i
 
 
 def test_sources_with_equal_shard_names_do_not_mix_in_the_cache(tmp_path: Path) -> None:
-    fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     made = DataConfig(
         train={name: SourceConfig([f"memory://{name}/train-0.tar"]) for name in ("one", "two")},

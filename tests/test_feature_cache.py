@@ -53,8 +53,8 @@ def test_an_entry_is_mapped_and_writing_to_it_changes_no_file(tmp_path: Path) ->
     assert entry.about == {"note": "kept"}
     assert entry.arrays["x"].tolist() == [[i] * 3 for i in range(5)]
     assert entry.arrays["y"].tolist() == [x for i in range(5) for x in (i, -i)]
-    maps = Path("/proc/self/maps").read_text()
-    assert str(tmp_path / "key" / "x.npy") in maps
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(tmp_path / "key" / "x.npy") in maps.read_text()
     entry.arrays["x"].fill_(7)
     assert cache.open("key") is not None
     assert not cache.partial("key").exists()

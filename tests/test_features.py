@@ -112,8 +112,8 @@ def test_what_is_kept_is_not_computed_again(source: Source, tmp_path: Path) -> N
     assert calls > 0
     assert same(features_of(counted, source, tmp_path), first)
     assert counted.calls == calls
-    maps = Path("/proc/self/maps").read_text()
-    assert f"{tmp_path}/" in maps  # not read into memory
+    if (maps := Path("/proc/self/maps")).exists():
+        assert f"{tmp_path}/" in maps.read_text()  # not read into memory
 
 
 def test_labels_are_not_kept(source: Source, tmp_path: Path) -> None:
@@ -329,6 +329,7 @@ def run_on_a_rank(rank: int, world: int, port: int, folder: Path, source: Source
     (folder / f"error-{rank}").write_text(str(caught.value))
     with pytest.raises(ValueError, match="several ranks need a cache"):
         features_of(scored_of(), source, None)
+    dist.barrier()  # none is gone while another one still talks to it
     dist.destroy_process_group()
 
 

@@ -320,6 +320,7 @@ def test_a_file_without_a_size_is_refused_where_it_is_needed(server: Server) -> 
         open_binary(f"{server.url}/a")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
 def test_a_full_disk_is_named_and_final(server: Server, waits: list[float]) -> None:
     server.files["/a.tar"] = A
     with (
@@ -424,17 +425,17 @@ def test_a_dead_server_does_not_hang(server: Server, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fetch, "TIMEOUT", 0.1)
     monkeypatch.setattr(fetch, "RETRIES", 2)
     server.files["/a"] = A
-    server.pause = 1.0
+    server.pause = 60.0
     start = time.monotonic()
     with pytest.raises(FetchError, match=r"failed 2 times.*[Tt]imeout"):
         read_file(f"{server.url}/a", len(A))
-    assert time.monotonic() - start < 0.9
+    assert time.monotonic() - start < 30
 
 
 def test_a_slow_server_is_no_dead_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.7)
+    monkeypatch.setattr(fetch, "TIMEOUT", 2.0)  # less than the answer takes, more than each of its pauses
     server.files["/a"] = A
-    server.pause = 0.25
+    server.pause = 0.75
     with open_binary(f"{server.url}/a") as file:
         assert file.read() == A
     assert server.gets("/a") == [None]

@@ -80,11 +80,11 @@ SRUN = """\
 #!/bin/bash
 # Two tasks, which get the signals that this process gets; that is all that is needed of Slurm.
 while [[ $1 == --* ]]; do shift; done
+trap 'kill -USR1 "${tasks[@]}"' USR1
 for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NNODES=1 "$@" &
     tasks+=($!)
 done
-trap 'kill -USR1 "${tasks[@]}"' USR1
 worst=0
 for task in "${tasks[@]}"; do
     wait "$task"; status=$?

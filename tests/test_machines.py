@@ -67,7 +67,7 @@ def test_a_machine_that_is_cut_off_is_named_and_the_run_can_go_on(tmp_path: Path
     processes = {name: start_on(name, recipe) for name in MACHINES}
     other = MACHINES[1 - MACHINES.index(watched)]
     try:
-        wait_for_step(out, 8, processes[watched])
+        wait_for_step(out, 8, processes[watched], saved=True)
         ip("-n", "tri-b", "link", "set", cable, "down")
         begun = time.monotonic()
         code, _, errors = finish(processes[watched], timeout=90)

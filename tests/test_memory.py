@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.memory import KEPT, SMALLEST, lend
+from data.memory import KEPT, SMALLEST, _left, lend
 
 
 def address(array: Any) -> int:
@@ -39,17 +39,21 @@ def test_memory_is_lent_again_only_when_nothing_refers_to_it(derive: Any) -> Non
     assert begin not in map(address, others)
     del derived
     gc.collect()
-    again = [lend(size - 1000) for _ in range(1)]
-    assert address(again[0]) == begin
-    del others
+    assert address(lend(size - 1000)) == begin
 
 
 def test_only_so_many_pieces_are_kept() -> None:
     size = 5 << 20
-    begins = {address(piece) for piece in [lend(size) for _ in range(3 * KEPT)]}
+    pieces = [lend(size) for _ in range(3 * KEPT)]
+    begins = set(map(address, pieces))
+    del pieces
+    gc.collect()
+    kept = {address(owner) for owner in _left[(size - 1).bit_length()]}
+    assert len(kept) == KEPT
+    assert kept <= begins
     held = [lend(size) for _ in range(3 * KEPT)]
-    assert len(begins & set(map(address, held))) >= 1
-    assert address(lend(SMALLEST - 1)) not in begins
+    assert kept <= set(map(address, held))
+    assert lend(SMALLEST - 1).base is None  # such pieces are not lent
 
 
 def test_threads_never_get_the_same_piece() -> None:

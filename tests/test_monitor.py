@@ -282,7 +282,8 @@ def test_modes_gradients_and_random_states_are_left_alone_even_by_a_failure(tiny
     assert set(seen) == ({(False, False)} if label == "label" else set())
     assert {name: module.training for name, module in encoder.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in encoder.named_parameters()} == needs
-    assert all(bool((parameter.grad == 1).all()) for parameter in encoder.parameters() if parameter.grad is not None)
+    gradients = [parameter.grad for parameter in encoder.parameters()]
+    assert all(gradient is not None and bool((gradient == 1).all()) for gradient in gradients)
     assert states() == before
     assert torch.is_grad_enabled()
 

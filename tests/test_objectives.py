@@ -477,6 +477,16 @@ def test_the_objective_that_the_docs_add_trains(monkeypatch: pytest.MonkeyPatch,
         make(uniformity=written.UniformityConfig(weight=-1))
 
 
+def test_what_idles_depends_on_what_is_embedded_and_not_on_what_the_batch_has() -> None:
+    """A rank that has sounds, but none in a pair, still gets gradients of zeros where the others' pairs have some."""
+    model = pretraining(dataclasses.replace(config(contrastive=1), contrastive=ContrastiveConfig(cached=True)))
+    parts = batch(["it", "ia", "ia", "it", "it", "a", "it", "it", "it"]).split(3)
+    for part, together in zip(parts, model.together(parts, seed=0), strict=True):
+        model.zero_grad()
+        model(part, seed=0, together=together).total.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def test_weights_do_not_change_the_terms() -> None:
     light = pretraining(config(contrastive=0.1, masked_language=0.1, masked_region=0.1))(batch(FULL), seed=0).terms
     heavy = pretraining(config(contrastive=1, masked_language=5, masked_region=9))(batch(FULL), seed=0).terms

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -44,15 +45,25 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until metrics.jsonl has a line of that step or a later one."""
-    end = time.monotonic() + 90
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str], saved: bool = False) -> None:
+    """Until metrics.jsonl has a line of that step or a later one and, if asked for, a checkpoint is there."""
+    path, end = out / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()
-        if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(out)):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # The last line may be written just now.
+        reached = any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
+        if reached and not (saved and find_last(out / "checkpoints") is None):
             return
         time.sleep(0.05)
-    pytest.fail(f"no step {step} in {out}")
+    pytest.fail(f"no step {step}{', or no checkpoint,' if saved else ''} in {out}")
+
+
+def last_rank(launcher: subprocess.Popen[str]) -> psutil.Process:
+    """The process of the last rank that torchrun started."""
+    environments = {child: child.environ() for child in psutil.Process(launcher.pid).children()}
+    ranks = {int(environment["RANK"]): child for child, environment in environments.items() if "RANK" in environment}
+    return ranks[max(ranks)]
 
 
 def test_two_processes_are_one_and_can_be_resumed_as_one(tmp_path: Path) -> None:
@@ -91,8 +102,7 @@ def test_a_signal_saves_and_ends_well(tmp_path: Path, ranks: int, number: signal
     if ranks == 1:
         process.send_signal(number)
     else:  # one of the ranks gets it, the others learn of it
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        os.kill(int(children.stdout.split()[-1]), number)
+        last_rank(process).send_signal(number)
     code, shown, errors = finish(process)
     assert code == 0, errors
     checkpoint = find_last(out / "checkpoints")
@@ -104,10 +114,9 @@ def test_a_signal_saves_and_ends_well(tmp_path: Path, ranks: int, number: signal
 def test_a_rank_that_is_killed_takes_the_run_down(tmp_path: Path) -> None:
     recipe, out = write_recipe(tmp_path), tmp_path / "run"
     process = start(2, recipe, "eval.label=null", "train.steps=100000", "train.save_every=4", "train.pictures=false")
-    wait_for_step(out, 8, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    code, _, errors = finish(process, timeout=60)
+    wait_for_step(out, 8, process, saved=True)
+    last_rank(process).kill()
+    code, _, errors = finish(process)
     assert code != 0
     assert "SIGKILL" in errors
     checkpoint = find_last(out / "checkpoints")
@@ -116,7 +125,7 @@ def test_a_rank_that_is_killed_takes_the_run_down(tmp_path: Path) -> None:
 
 
 def test_an_error_of_one_rank_is_shown_and_ends_all(tmp_path: Path) -> None:
-    code, _, errors = finish(start(2, write_recipe(tmp_path), "train.batch_size=9"), timeout=60)
+    code, _, errors = finish(start(2, write_recipe(tmp_path), "train.batch_size=9"))
     assert code != 0
     assert "error: 2 processes can't share" in errors
 

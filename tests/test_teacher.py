@@ -304,6 +304,7 @@ def centre_of_rank(rank: int, world: int, folder: str) -> None:
     )
     model = pretraining("kl")
     torch.save(centre_after(model, [PRESENCE_OF[rank]]), f"{folder}/{rank}.pt")
+    dist.barrier()  # none is gone while another one still talks to it
     dist.destroy_process_group()
 
 

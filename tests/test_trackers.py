@@ -18,11 +18,11 @@ from pretrain.trackers import (
     accelerator_arguments,
     choose,
     finish,
-    flat,
     log,
     own_id,
     run_arguments,
     start,
+    storable,
 )
 
 SETTINGS = {"seed": 0, "data": {"train": {"a": {"shards": ["x", "y"]}}, "cache": None}, "fast": True}
@@ -196,7 +196,7 @@ def test_ids_that_trackers_choose() -> None:
 
 def test_settings_are_flat_and_plain() -> None:
     settings = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None, "f": 0.5, "g": {}}
-    assert dict(flat(settings)) == {"a.b.c": 1, "a.d": "[1, 2]", "e": "null", "f": 0.5}
+    assert storable(settings) == {"a.b.c": 1, "a.d": "[1, 2]", "e": "null", "f": 0.5}
 
 
 def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import Loss, ObjectivesConfig, Pretraining
 from pretrain.checkpoint import RETRIES, CheckpointError, Checkpoints, find_last, load_checkpoint, load_encoder
 from pretrain.config import Config, ConfigError, TrainConfig, load_config
-from pretrain.engine import Stopped
+from pretrain.engine import Stopped, TrainingError
 from pretrain.export import export
 from pretrain.model.encoder import Encoder
-from pretrain.optimizer import TrainingError, learning_rate, make_optimizer, set_learning_rate
+from pretrain.optimizer import learning_rate, make_optimizer, set_learning_rate
 from pretrain.run import rehearsal
 from pretrain.start import set_up, share_model
 from tests.test_trackers import Fake, install
@@ -546,8 +546,13 @@ def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path: Path, monkeypatch: 
 def test_what_was_begun_is_written_whatever_ends_the_run(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threading.Timer(1.5, gate.set).start()
-    each_step(monkeypatch, cut_at(3))
+    def cut(_: Pretraining, step: int) -> None:
+        if step == 3:
+            assert not at(tmp_path, 2).exists()  # it was begun, and waits for the gate
+            threading.Timer(0.3, gate.set).start()
+            raise PowerCutError
+
+    each_step(monkeypatch, cut)
     with pytest.raises(PowerCutError):
         train(tmp_path)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last", "step-00000002"]

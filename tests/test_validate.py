@@ -21,13 +21,13 @@ from data.cache import Reader
 from data.crew import Crew, CrewError, Job
 from data.errors import UserError
 from data.index import ShardError, build_index, find_shards, index_path, write_index
+from data.terminal import columns
 from data.validate import (
     SHOWN,
     Finding,
     Report,
     ValidateError,
     add_arguments,
-    columns,
     render,
     run,
     validate,
@@ -275,7 +275,7 @@ def jobs(keys: Iterable[str], tmp_path: Path) -> list[Job]:
 
 
 def test_a_crash_or_a_stuck_decoder_costs_one_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "PATIENCE", 4.0)
+    monkeypatch.setattr(crew_module, "PATIENCE", 10.0)  # the time that a process takes to start counts, too
     monkeypatch.setattr(crew_module, "_CHUNK", 5)
     keys = ["", "crash", "bad", "hang", "crash", "", "", "", "bad", "crash", *[""] * 30]
     given = jobs(keys, tmp_path)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import Field
+from data.documents import read_document
 from data.errors import UserError
 from data.transforms import Views
 from pretrain.model.layers import ALL, LAYER_NORM_EPS, Block, apart, init_weights
@@ -226,15 +228,19 @@ class Encoder(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            UserError: another schema, or tensors that are missing, left over or of another shape.
+            UserError: another schema, a damaged config.json, or tensors that are missing, left over or of other shapes.
         """
-        config = json.loads((folder / "config.json").read_text())
+        config = read_document(folder / "config.json")
         if config.get("schema") != SCHEMA:
             raise UserError(f"{folder}/config.json: schema {config.get('schema')}; this version reads {SCHEMA}")
-        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
-        views: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Views), config["views"]))
-        vocabulary = config["vocabulary"]
-        encoder = cls(model, views, Vocabulary(**{**vocabulary, "special_ids": tuple(vocabulary["special_ids"])}))
+        try:
+            model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
+            views: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Views), config["views"]))
+            words = config["vocabulary"]
+            vocabulary = Vocabulary(**{**words, "special_ids": tuple(words["special_ids"])})
+        except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+            raise UserError(f"{folder}/config.json is damaged: {error}") from error
+        encoder = cls(model, views, vocabulary)
         try:
             encoder.load_state_dict(load_file(folder / "model.safetensors"))
         except (RuntimeError, SafetensorError) as error:
