@@ -21,6 +21,13 @@ def test_both_sides_see_the_same_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     assert scores[1:] == pytest.approx([scores[0]] * 2, abs=0.011)
 
 
+def test_clip_benchmarks_probe_learns_the_same_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("clip_benchmark")
+    monkeypatch.setattr(probe, "CLASSES", 8)
+    parts = probe.split(probe.synthetic(1000), 800)
+    assert probe.clip_benchmarks(parts) == pytest.approx(probe.ours(parts), abs=0.1)
+
+
 @pytest.mark.slow
 def test_the_probe_is_as_good_as_that_of_sklearn_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     probe.main(["--rounds", "1"])
