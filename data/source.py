@@ -20,6 +20,7 @@ from data.decode import (
 from data.errors import UserError
 from data.fetch import is_url, masked
 from data.index import Sample, Shard, load_lines, parse_sample
+from data.terminal import printable
 from data.transforms import View
 
 # Indexes that a process keeps, at about 150 bytes a sample.
@@ -44,7 +45,7 @@ class SampleError(UserError):
 
     def __str__(self) -> str:
         """Shard, key and what is wrong."""
-        return f"{self.shard}: sample {self.key}, {self.args[-1]}"
+        return f"{self.shard}: sample {printable(self.key)}, {self.args[-1]}"
 
 
 class MissingModalityError(DecodeError):

@@ -420,7 +420,9 @@ class LogMel(nn.Module):
         if audio.valid is None:
             lengths = torch.full((len(waveform),), waveform.shape[1], device=waveform.device)
         else:
-            lengths = audio.valid[:, : self.view.samples].sum(dim=1)
+            # As bytes into 32 bits: a sixth of the time that torch takes to sum booleans into 64.
+            valid = audio.valid[:, : self.view.samples].view(torch.uint8)
+            lengths = valid.sum(dim=1, dtype=torch.int32).long()
         waveform = F.pad(waveform, (0, self.view.samples - waveform.shape[1]))
         few = _few(waveform)
         each_seeds = repeat(None) if seeds is None else torch.split(seeds, few)
@@ -471,7 +473,8 @@ class LogMel(nn.Module):
         differences = x.clone()
         differences[:, 1:].sub_(x[:, :-1], alpha=PREEMPHASIS)
         # The transform would fill short frames with zeros itself, in twice the time.
-        frames = x.new_zeros((len(x), mean.shape[1], FFT))
+        frames = x.new_empty((len(x), mean.shape[1], FFT))
+        frames[..., FRAME:].zero_()
         torch.sub(differences.unfold(1, FRAME, HOP), mean, alpha=1 - PREEMPHASIS, out=frames[..., :FRAME])
         frames[..., :FRAME].mul_(self.window.to(precision))
         spectrum = torch.fft.rfft(frames)

@@ -83,6 +83,16 @@ def test_options_may_stand_anywhere(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
 
 
+def test_explain_needs_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--explain"]) == 0
+    sections = capsys.readouterr().out
+    assert "objectives" in sections
+    assert main(["--explain", "train.warmup"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("train.warmup")
+    assert shown not in sections
+
+
 def test_without_a_recipe_it_is_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--print-config"]) == 0
     first = capsys.readouterr().out

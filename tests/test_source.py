@@ -183,6 +183,12 @@ def test_it_travels_to_another_process(tmp_path: Path) -> None:
     assert copy.metadata(0, 0) == before
 
 
+def test_what_a_key_holds_reaches_no_terminal() -> None:
+    error = SampleError("train", "a.tar", "k\x1b[31m", "TextError", "bad")
+    assert str(error) == "a.tar: sample k\\x1b[31m, bad"
+    assert error.key == "k\x1b[31m"
+
+
 def test_indexes_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.source.MAX_INDEXES", 2)
     source = write_source(tmp_path, [members(i, "t") for i in range(5)], per_shard=1)
