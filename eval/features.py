@@ -19,6 +19,7 @@ from data.batches import Pass
 from data.errors import UserError
 from data.skips import Skipped, Skips
 from data.source import Chosen, Source
+from data.terminal import printable
 from data.transforms import OnDevice
 from eval.cache import Cache, Entry, RowWriter, interleave
 from eval.encoders import Raw
@@ -331,9 +332,10 @@ def _check_finite(values: Tensor, encoder: str, modality: str, name: str, batch:
     finite = values.isfinite().flatten(1).all(1) if values.dim() > 1 else values.isfinite()
     if not finite.all():
         first = int((~finite).nonzero()[0, 0])
+        key, others = printable(batch.keys[int(field.rows[first])]), int((~finite).sum()) - 1
         raise FeatureError(
-            f"{encoder}: {name} of {modality} of sample {batch.keys[int(field.rows[first])]} is not finite, and of "
-            f"{int((~finite).sum()) - 1} more of its batch: weights that are broken, or too large for their type"
+            f"{encoder}: {name} of {modality} of sample {key} is not finite, and of {others} more of its batch: weights "
+            "that are broken, or too large for their type"
         )
 
 

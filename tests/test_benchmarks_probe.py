@@ -32,5 +32,6 @@ def test_clip_benchmarks_probe_learns_the_same_problem(monkeypatch: pytest.Monke
 def test_the_probe_is_as_good_as_that_of_sklearn_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     probe.main(["--rounds", "1"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"cpu_ratio_vs_sklearn", "cpu_ratio_vs_sklearn_float64", "top1_difference"} <= figures.keys()
     assert figures["top1_difference"] <= 0.3
     assert figures["cpu_ratio_vs_sklearn"] <= 0.6

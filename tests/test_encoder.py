@@ -457,7 +457,21 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
             Encoder.load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"model": None}, {"model": {"width": "wide"}}, {"vocabulary": {}}, {"views": 3}])
+WORDS = {"size": 300, "pad_id": 1, "mask_id": 4, "special_ids": [0, 1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"width": "wide"}},
+        {"views": 3},
+        {"vocabulary": {}},
+        {"vocabulary": {**WORDS, "size": "x"}},
+        {"vocabulary": {**WORDS, "pad_id": None}},
+        {"vocabulary": {**WORDS, "special_ids": ["a"]}},
+    ],
+)
 def test_a_damaged_configuration_is_refused_by_name(tmp_path: Path, change: dict[str, Any]) -> None:
     encoder().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -59,16 +59,17 @@ def config_of(folder: Path, *overrides: str) -> Config:
     return tiny_config(folder, *QUICK, *overrides)
 
 
-def written(checkpoints: Checkpoints) -> bool:
-    """For `Checkpoints.busy`: of a disk that keeps up with steps of milliseconds, so that no checkpoint is left out."""
-    if checkpoints._writing is not None:
-        concurrent.futures.wait([checkpoints._writing])
-    return False
-
-
 def train(folder: Path, *overrides: str) -> Path:
+    """With a disk that keeps up with steps of milliseconds, so that no checkpoint is left out."""
+    save = Checkpoints.save
+
+    def in_time(self: Checkpoints, *arguments: Any, **named: Any) -> bool:
+        if self._writing is not None:
+            concurrent.futures.wait([self._writing])
+        return save(self, *arguments, **named)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "busy", property(written))
+        patch.setattr(Checkpoints, "save", in_time)
         return pretrain.engine.pretrain(config_of(folder, *overrides))
 
 
@@ -374,6 +375,16 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(Encoder, "save", late)
     yield opened
     opened.set()
+
+
+def test_a_checkpoint_that_is_due_while_another_is_written_is_left_out_and_said(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each_step(monkeypatch, lambda _, step: gate.set() if step == STEPS else None)
+    pretrain.engine.pretrain(config_of(tmp_path, "train.save_every=2"))
+    assert sorted(path.name for path in at(tmp_path, 2).parent.iterdir()) == ["last", "step-00000002", "step-00000006"]
+    warning = "WARNING step 4: the checkpoint before is still being written, so there is none of this step"
+    assert capsys.readouterr().out.count(warning) == 1
 
 
 def test_saving_waits_for_nothing_but_the_one_before(saved: Saved, gate: threading.Event) -> None:

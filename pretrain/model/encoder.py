@@ -238,6 +238,8 @@ class Encoder(nn.Module):
             views: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Views), config["views"]))
             words = config["vocabulary"]
             vocabulary = Vocabulary(**{**words, "special_ids": tuple(words["special_ids"])})
+            if odd := [id_ for id_ in (*vocabulary[:-1], *vocabulary.special_ids) if type(id_) is not int]:
+                raise TypeError(f"vocabulary holds {odd[0]!r}, where only whole numbers can be")
         except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
             raise UserError(f"{folder}/config.json is damaged: {error}") from error
         encoder = cls(model, views, vocabulary)
