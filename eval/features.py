@@ -334,8 +334,8 @@ def _check_finite(values: Tensor, encoder: str, modality: str, name: str, batch:
         first = int((~finite).nonzero()[0, 0])
         key, others = printable(batch.keys[int(field.rows[first])]), int((~finite).sum()) - 1
         raise FeatureError(
-            f"{encoder}: {name} of {modality} of sample {key} is not finite, and of {others} more of its batch: weights "
-            "that are broken, or too large for their type"
+            f"{encoder}: {name} of {modality} of sample {key} is not finite, and of {others} more of its batch: "
+            "weights that are broken, or too large for their type"
         )
 
 
