@@ -4,9 +4,11 @@
     python benchmarks/step.py --rounds 3 --batches 64 --lengths --modes eager       # a quick look
 
 bf16 by autocast, AdamW, forward, backward and optimiser step on random data in memory; all models of a table have the
-same width, depth, heads, patches and tokens. FLAVA gets its image tokens for free, and a multimodal encoder of half the
-depth, as in its paper. lightly's MAE has a decoder as large as ours; it sees images alone, and beside it stands our
-masked-region objective on images alone. Where a peer is absent, its line says why.
+same width, depth, heads, patches and tokens. Each is alone in a process, as in training, and in its turn makes a step
+that is not timed and one that is. On a CPU these processes keep the memory that steps free, as runs of ours do
+(pretrain/allocator.py), and so all sides have what else only ours would. FLAVA gets its image tokens for free, and a
+multimodal encoder of half the depth, as in its paper. lightly's MAE has a decoder as large as ours; it sees images
+alone, and beside it stands our masked-region objective on images alone. Where a peer is absent, its line says why.
 
 Products are counted by torch's flop counter, with attention as plain products, before anything is compiled. "GFLOP/s"
 is what was counted of forward and backward over the time of a whole step, and "of peak" its share of the fastest square
@@ -21,10 +23,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
+if __name__ in ("__main__", "__mp_main__"):  # launched by path: the project's root, not this folder, has the packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -42,6 +49,7 @@ from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import KeepConfig, ObjectivesConfig, Pretraining, UnimodalKeepConfig
+from pretrain.allocator import keep_freed_memory
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import ModelConfig, Vocabulary
 
@@ -320,10 +328,10 @@ def peak(device: torch.device) -> float:
         x, y = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
         out = torch.empty_like(x)
 
-        def product(x: Tensor = x, y: Tensor = y, out: Tensor = out) -> None:
+        def multiply(x: Tensor = x, y: Tensor = y, out: Tensor = out) -> None:
             torch.mm(x, y, out=out)
 
-        best = max([best, *(2 * n**3 / elapsed(product, device) for _ in range(10))])
+        best = max([best, *(2 * n**3 / elapsed(multiply, device) for _ in range(10))])
     return best
 
 
@@ -345,40 +353,86 @@ class Case(NamedTuple):
     lines: list[list[str]]
 
 
-def measure(batch: Batch, size: Size, modes: list[str], rounds: int, fastest: float) -> Case:
-    """Time all sides, eager or compiled or both, in turn."""
-    device = batch.fields["image"].x.device
-    steps: dict[str, Step] = {}
+# Name of a side -> its step, in the process that makes it.
+_steps: dict[str, Step] = {}
+
+
+def begin(name: str, mode: str, n: int, size: Size, device: torch.device, threads: int) -> tuple[int, int]:
+    """Make a side in this process, and say what `count` says of it.
+
+    Raises:
+        MissingPeerError: the side is not to be had.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if device.type == "cpu":
+        keep_freed_memory()
+    side = SIDES[name](pairs(n, size).to(device), size)
+    counted = count(side, device)
+    if mode == "compiled":
+        side.compile()
+    _steps[name] = train_step(side, device)
+    return counted
+
+
+def again(name: str, device: torch.device) -> float:
+    """Seconds of a step that follows another of the same side, as steps do."""
+    elapsed(_steps[name], device)
+    return elapsed(_steps[name], device)
+
+
+def waits_of(name: str) -> tuple[int, int]:
+    """What `waits` says of the side that was begun here."""
+    return waits(_steps[name])
+
+
+def measure(n: int, size: Size, modes: list[str], rounds: int, fastest: float, device: torch.device) -> Case:
+    """Time all sides, eager or compiled or both, in turn, each in a process of its own.
+
+    Args:
+        n: pairs of a step.
+        size: of models and inputs.
+        modes: eager, compiled.
+        rounds: times that each step is timed.
+        fastest: what `peak` found.
+        device: where.
+    """
     counted: dict[str, tuple[int, int]] = {}
     absent: dict[str, str] = {}
-    for name, make in SIDES.items():
-        for mode in modes:
-            torch.manual_seed(0)
+    with ExitStack() as stack:
+        processes: dict[str, tuple[Executor, str]] = {}
+        for name, mode in product(SIDES, modes):
+            process = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
             try:
-                side = make(batch, size)
+                counted[name] = process.submit(begin, name, mode, n, size, device, torch.get_num_threads()).result()
             except MissingPeerError as error:
                 absent[name] = str(error)
-                break
-            counted[name] = count(side, device)
-            if mode == "compiled":
-                side.compile()
-            steps[name + (COMPILED if mode == "compiled" else "")] = train_step(side, device)
-    taken = in_turn({name: lambda step=step: elapsed(step, device) for name, step in steps.items()}, rounds, warm_up=3)  # type: ignore[misc]
+            else:
+                processes[name + (COMPILED if mode == "compiled" else "")] = process, name
+
+        def taken_by(process: Executor, name: str) -> float:
+            return process.submit(again, name, device).result()
+
+        sides = {title: partial(taken_by, *process) for title, process in processes.items()}
+        taken = in_turn(sides, rounds, warm_up=2)
+        waited: dict[str, tuple[int, int]] = {}
+        if device.type == "cuda":
+            waited = {title: process.submit(waits_of, name).result() for title, (process, name) in processes.items()}
     lines = []
-    for name, step in steps.items():
-        time: Spread = spread(taken, name)
-        forward, both = counted[name.removesuffix(COMPILED)]
-        against = None if name.removesuffix(COMPILED) in ON_IMAGES else ratio(taken, "open_clip", name)
+    for title, (_, name) in processes.items():
+        time: Spread = spread(taken, title)
+        forward, both = counted[name]
+        against = None if name in ON_IMAGES else ratio(taken, "open_clip", title)
         lines.append(
             [
-                name,
+                title,
                 time.show(1, 1000),
-                f"{batch.size / time.median:,.0f}",
+                f"{n / time.median:,.0f}",
                 f"{forward / 1e9:,.3g}",
                 f"{both / time.median / 1e9:,.3g}",
                 f"{both / time.median / fastest:.1%}",
                 "-" if against is None else f"{against:.2f}x",
-                *(map(str, waits(step)) if device.type == "cuda" else ()),
+                *map(str, waited.get(title, ())),
             ]
         )
     lines += [[name, f"absent: {reason}", *[""] * (len(lines[0]) - 2)] for name, reason in absent.items()]
@@ -452,8 +506,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = [(batch, size, ["eager"] if i else given.modes) for i, batch in enumerate(given.batches)]
         plan += [(first, size._replace(side=side, tokens=tokens), ["eager"]) for side, tokens in given.lengths]
         for batch, shape, modes in plan:
-            torch._dynamo.reset()
-            case = measure(pairs(batch, shape).to(device), shape, modes, given.rounds, fastest)
+            case = measure(batch, shape, modes, given.rounds, fastest, device)
             title = f"{chosen}, batch {batch}, {shape.side} px in patches of {shape.patch}, {shape.tokens} tokens"
             print(f"{title}, width {shape.width}, depth {shape.depth}:\n\n{table(header, case.lines)}", flush=True)
             figures = figures or ratios(case.rounds)

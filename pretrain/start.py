@@ -31,6 +31,7 @@ from data.stream import Stream, open_train
 from data.text import MAX_CAPTIONS, TokenizerConfig, continues_word, load_tokenizer, train_tokenizer
 from objectives.pretraining import Pretraining
 from pretrain import trackers
+from pretrain.allocator import keep_freed_memory
 from pretrain.checkpoint import find_checkpoint, find_last, load_checkpoint
 from pretrain.config import Config, ConfigError, to_yaml
 from pretrain.explain import differences
@@ -148,6 +149,7 @@ def start_accelerator(config: Config) -> Accelerator:
         # `accelerate launch` sets one thread per process where nobody chose, which would leave the others idle.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(settings.threads or max(1, available_cpus() // here))
+        keep_freed_memory()
     return accelerator
 
 

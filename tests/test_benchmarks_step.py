@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
@@ -48,6 +49,21 @@ def test_masked_regions_see_images_alone() -> None:
     assert side.model.names == ["masked_image"]
 
 
+class Here(Executor):
+    """Does at once what is submitted, in this process."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        done = Future[Any]()
+        try:
+            done.set_result(function(*arguments, **named))
+        except MissingPeerError as error:
+            done.set_exception(error)
+        return done
+
+
 def test_an_absent_peer_is_a_line_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: Any) -> Side:
         raise MissingPeerError("open_clip: no wheel")
@@ -60,8 +76,9 @@ def test_an_absent_peer_is_a_line_that_says_why(monkeypatch: pytest.MonkeyPatch)
         return Side(model, lambda: model(x).sum(), lambda: compiled.append(1))
 
     monkeypatch.setattr(step, "SIDES", {OURS: linear, "open_clip": gone})
-    size = SIZES["micro"]
-    case = step.measure(step.pairs(4, size), size, ["eager", "compiled"], 1, 1e12)
+    monkeypatch.setattr(step, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(step, "keep_freed_memory", lambda: None)  # for good, in the process of all tests
+    case = step.measure(4, SIZES["micro"], ["eager", "compiled"], 1, 1e12, CPU)
     assert compiled == [1]
     assert [line[0] for line in case.lines] == [OURS, f"{OURS}, compiled", "open_clip"]
     assert "absent: open_clip: no wheel" in case.lines[-1]
