@@ -87,6 +87,8 @@ class Source:
         self.cache = cache
         self._reader = Reader(cache)
         self._lines: OrderedDict[int, list[bytes]] = OrderedDict()
+        # Of a sample one asks for its key, its members and its metadata in turn.
+        self._last: tuple[tuple[int, int], Sample] = (-1, -1), Sample("", {})
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
@@ -105,12 +107,17 @@ class Source:
         Raises:
             ShardError, FetchError: the index can't be read any more.
         """
+        place, last = self._last
+        if place == (shard, number):
+            return last
         if shard not in self._lines:
             self._lines[shard] = load_lines(self.shards[shard], self.cache)
             if len(self._lines) > MAX_INDEXES:
                 self._lines.popitem(last=False)
         self._lines.move_to_end(shard)
-        return parse_sample(self.shards[shard], self._lines[shard][number])
+        sample = parse_sample(self.shards[shard], self._lines[shard][number])
+        self._last = (shard, number), sample
+        return sample
 
     def values(self, shard: int, number: int, views: Mapping[str, View], training: bool) -> dict[str, Any]:
         """Decoded members of a sample for the modalities of ``views``; what it lacks is absent.

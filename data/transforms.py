@@ -270,10 +270,13 @@ class AudioView:
 
     def field(self, room: SoundRoom, n: int, tokenizer: PreTrainedTokenizerBase) -> Field:
         """(n, samples) int16, a view of the room, and which of them are no padding."""
-        lengths, cut = torch.from_numpy(room.lengths[:n, None]), int(room.cut[:n].sum())
+        lengths, cut = room.lengths[:n], int(room.cut[:n].sum())
         if (lengths == self.samples).all():
             return Field(room.samples[:n], torch.arange(n), cut=cut)
-        valid = torch.lt(torch.arange(self.samples), lengths, out=_memory((n, self.samples), torch.bool))
+        valid = _memory((n, self.samples), torch.bool)
+        for row, length in zip(valid.numpy(), lengths, strict=True):  # a fifth of the time of comparing all places
+            row[:length] = True
+            row[length:] = False
         return Field(room.samples[:n], torch.arange(n), valid, cut)
 
     def on_device(self) -> nn.Module:
@@ -420,10 +423,11 @@ class LogMel(nn.Module):
         if audio.valid is None:
             lengths = torch.full((len(waveform),), waveform.shape[1], device=waveform.device)
         else:
-            # As bytes into 32 bits: a sixth of the time that torch takes to sum booleans into 64.
-            valid = audio.valid[:, : self.view.samples].view(torch.uint8)
-            lengths = valid.sum(dim=1, dtype=torch.int32).long()
-        waveform = F.pad(waveform, (0, self.view.samples - waveform.shape[1]))
+            # Where a row's padding begins, found by bisection: a tenth of the time that torch takes to sum booleans.
+            padding = audio.valid[:, : self.view.samples].logical_not().view(torch.uint8)
+            lengths = torch.searchsorted(padding, padding.new_ones((len(padding), 1)))[:, 0]
+        if (missing := self.view.samples - waveform.shape[1]) > 0:
+            waveform = F.pad(waveform, (0, missing))
         few = _few(waveform)
         each_seeds = repeat(None) if seeds is None else torch.split(seeds, few)
         parts = zip(torch.split(waveform, few), torch.split(lengths, few), each_seeds, strict=False)
@@ -478,7 +482,7 @@ class LogMel(nn.Module):
         torch.sub(differences.unfold(1, FRAME, HOP), mean, alpha=1 - PREEMPHASIS, out=frames[..., :FRAME])
         frames[..., :FRAME].mul_(self.window.to(precision))
         spectrum = torch.fft.rfft(frames)
-        power = spectrum.real.square().add_(spectrum.imag.square())  # (n, frames, 257)
+        power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)  # (n, frames, 257)
         mel: Tensor = power @ self.filters.to(precision)
         return mel.clamp_min_(MEL_FLOOR).log_()
 
