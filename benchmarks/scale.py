@@ -54,6 +54,7 @@ from benchmarks.step import SIZES, Side, count, ours, pairs, train_step
 from objectives.contrastive import TILE, info_nce
 from objectives.gather import gather_rows, sum_to_owner
 from objectives.pretraining import ObjectivesConfig
+from pretrain.allocator import keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
@@ -209,6 +210,7 @@ def train(size_name: str, rows: int, steps: int, together: bool) -> Trained:
         dist.barrier()
         dist.destroy_process_group()
     torch.manual_seed(0)
+    keep_freed_memory()  # as a run does
     size, device = SIZES[size_name], torch.device("cpu")
     batch = pairs(rows, size)
     side = ours(batch, size, ObjectivesConfig())

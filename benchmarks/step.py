@@ -6,9 +6,10 @@
 bf16 by autocast, AdamW, forward, backward and optimiser step on random data in memory; all models of a table have the
 same width, depth, heads, patches and tokens. Each is alone in a process, as in training, and in its turn makes a step
 that is not timed and one that is. On a CPU these processes keep the memory that steps free, as runs of ours do
-(pretrain/allocator.py), and so all sides have what else only ours would. FLAVA gets its image tokens for free, and a
-multimodal encoder of half the depth, as in its paper. lightly's MAE has a decoder as large as ours; it sees images
-alone, and beside it stands our masked-region objective on images alone. Where a peer is absent, its line says why.
+(pretrain/allocator.py), and so all sides have what else only ours would; with --system none has it. FLAVA gets its
+image tokens for free, and a multimodal encoder of half the depth, as in its paper. lightly's MAE has a decoder as large
+as ours; it sees images alone, and beside it stands our masked-region objective on images alone. Where a peer is absent,
+its line says why.
 
 Products are counted by torch's flop counter, with attention as plain products, before anything is compiled. "GFLOP/s"
 is what was counted of forward and backward over the time of a whole step, and "of peak" its share of the fastest square
@@ -31,7 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ in ("__main__", "__mp_main__"):  # launched by path: the project's root, not this folder, has the packages
+if __name__ == "__main__":  # launched by path: the project's root, not this folder, is where packages are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -44,12 +45,13 @@ from transformers import CLIPConfig, CLIPModel, FlavaConfig, FlavaForPreTraining
 from benchmarks.measure import Spread, elapsed, in_turn, ratio, spread, table
 from benchmarks.peers import MissingPeerError, load, open_clip
 from data.batch import Batch, Field
+from data.rows import start_worker
 from data.transforms import ImageView, TextView, Views
 from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import KeepConfig, ObjectivesConfig, Pretraining, UnimodalKeepConfig
-from pretrain.allocator import keep_freed_memory
+from pretrain.allocator import give_freed_memory_back, keep_freed_memory
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import ModelConfig, Vocabulary
 
@@ -86,6 +88,9 @@ class Side(NamedTuple):
     model: nn.Module
     loss: Step
     compile: Callable[[], object]
+
+
+Make = Callable[[Batch, Size], Side]
 
 
 def pairs(n: int, size: Size) -> Batch:
@@ -132,6 +137,11 @@ def region_only() -> ObjectivesConfig:
         joint_keep=KeepConfig(image=MAE_KEEP),
         joint_share=1.0,
     )
+
+
+def regions(batch: Batch, size: Size) -> Side:
+    """Our masked-region objective on the images alone."""
+    return ours(images_of(batch), size, region_only())
 
 
 def clip(batch: Batch, size: Size) -> Side:
@@ -275,14 +285,14 @@ def mae(batch: Batch, size: Size) -> Side:
 
 
 # Name -> its side from a batch of images and texts.
-SIDES: dict[str, Callable[[Batch, Size], Side]] = {
-    "ours, contrastive": lambda batch, size: ours(batch, size, contrastive_only(1.0)),
-    "ours, contrastive, 50 % of patches": lambda batch, size: ours(batch, size, contrastive_only(0.5)),
-    "ours, all objectives": lambda batch, size: ours(batch, size, ObjectivesConfig()),
+SIDES: dict[str, Make] = {
+    "ours, contrastive": partial(ours, objectives=contrastive_only(1.0)),
+    "ours, contrastive, 50 % of patches": partial(ours, objectives=contrastive_only(0.5)),
+    "ours, all objectives": partial(ours, objectives=ObjectivesConfig()),
     "open_clip": clip,
     "transformers' CLIP": stock_clip,
     "FLAVA": flava,
-    "ours, masked regions of images": lambda batch, size: ours(images_of(batch), size, region_only()),
+    "ours, masked regions of images": regions,
     "lightly's MAE": mae,
 }
 ON_IMAGES = ("ours, masked regions of images", "lightly's MAE")
@@ -353,11 +363,13 @@ class Case(NamedTuple):
     lines: list[list[str]]
 
 
-# Name of a side -> its step, in the process that makes it.
+# Title of a side -> its step, in the process that makes it.
 _steps: dict[str, Step] = {}
 
 
-def begin(name: str, mode: str, n: int, size: Size, device: torch.device, threads: int) -> tuple[int, int]:
+def begin(
+    title: str, make: Make, n: int, size: Size, device: torch.device, threads: int, keep: bool
+) -> tuple[int, int]:
     """Make a side in this process, and say what `count` says of it.
 
     Raises:
@@ -365,28 +377,39 @@ def begin(name: str, mode: str, n: int, size: Size, device: torch.device, thread
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if device.type == "cpu":
+    if keep and device.type == "cpu":
         keep_freed_memory()
-    side = SIDES[name](pairs(n, size).to(device), size)
+    side = make(pairs(n, size).to(device), size)
     counted = count(side, device)
-    if mode == "compiled":
+    if title.endswith(COMPILED):
         side.compile()
-    _steps[name] = train_step(side, device)
+    _steps[title] = train_step(side, device)
+    rest()
     return counted
 
 
-def again(name: str, device: torch.device) -> float:
+def again(title: str, device: torch.device) -> float:
     """Seconds of a step that follows another of the same side, as steps do."""
-    elapsed(_steps[name], device)
-    return elapsed(_steps[name], device)
+    elapsed(_steps[title], device)
+    seconds = elapsed(_steps[title], device)
+    rest()
+    return seconds
 
 
-def waits_of(name: str) -> tuple[int, int]:
+def rest() -> None:
+    """Leave memory to the other processes; the step that is not timed asks for it again."""
+    torch.cuda.empty_cache()
+    give_freed_memory_back()
+
+
+def waits_of(title: str) -> tuple[int, int]:
     """What `waits` says of the side that was begun here."""
-    return waits(_steps[name])
+    return waits(_steps[title])
 
 
-def measure(n: int, size: Size, modes: list[str], rounds: int, fastest: float, device: torch.device) -> Case:
+def measure(
+    n: int, size: Size, modes: list[str], rounds: int, fastest: float, device: torch.device, keep: bool
+) -> Case:
     """Time all sides, eager or compiled or both, in turn, each in a process of its own.
 
     Args:
@@ -396,33 +419,37 @@ def measure(n: int, size: Size, modes: list[str], rounds: int, fastest: float, d
         rounds: times that each step is timed.
         fastest: what `peak` found.
         device: where.
+        keep: whether processes on a CPU keep the memory that they free.
     """
     counted: dict[str, tuple[int, int]] = {}
     absent: dict[str, str] = {}
+    processes: dict[str, Executor] = {}
     with ExitStack() as stack:
-        processes: dict[str, tuple[Executor, str]] = {}
         for name, mode in product(SIDES, modes):
-            process = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            if name in absent:
+                continue
+            title = name + (COMPILED if mode == "compiled" else "")
+            process = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), start_worker))
+            made = process.submit(begin, title, SIDES[name], n, size, device, torch.get_num_threads(), keep)
             try:
-                counted[name] = process.submit(begin, name, mode, n, size, device, torch.get_num_threads()).result()
+                counted[title] = made.result()
             except MissingPeerError as error:
                 absent[name] = str(error)
             else:
-                processes[name + (COMPILED if mode == "compiled" else "")] = process, name
+                processes[title] = process
 
-        def taken_by(process: Executor, name: str) -> float:
-            return process.submit(again, name, device).result()
+        def seconds(title: str) -> float:
+            return processes[title].submit(again, title, device).result()
 
-        sides = {title: partial(taken_by, *process) for title, process in processes.items()}
-        taken = in_turn(sides, rounds, warm_up=2)
+        taken = in_turn({title: partial(seconds, title) for title in processes}, rounds, warm_up=2)
         waited: dict[str, tuple[int, int]] = {}
         if device.type == "cuda":
-            waited = {title: process.submit(waits_of, name).result() for title, (process, name) in processes.items()}
+            waited = {title: process.submit(waits_of, title).result() for title, process in processes.items()}
     lines = []
-    for title, (_, name) in processes.items():
+    for title in processes:
         time: Spread = spread(taken, title)
-        forward, both = counted[name]
-        against = None if name in ON_IMAGES else ratio(taken, "open_clip", title)
+        forward, both = counted[title]
+        against = None if title.removesuffix(COMPILED) in ON_IMAGES else ratio(taken, "open_clip", title)
         lines.append(
             [
                 title,
@@ -467,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = device.type == "cuda"
     parser = argparse.ArgumentParser(description="Time training steps in turn.")
-    parser.add_argument("--rounds", type=int, default=11, help="times that each step is timed, in turn")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each step is timed, in turn")
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -493,6 +520,9 @@ def main(argv: list[str] | None = None) -> None:
         default=["eager", "compiled"],
         help="at the first batch size",
     )
+    parser.add_argument(
+        "--system", action="store_true", help="give freed memory back to the system, as malloc does if nobody tells it"
+    )
     given = parser.parse_args(argv)
     fastest = peak(device)
     name = torch.cuda.get_device_name() if large else f"{torch.get_num_threads()} threads"
@@ -506,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = [(batch, size, ["eager"] if i else given.modes) for i, batch in enumerate(given.batches)]
         plan += [(first, size._replace(side=side, tokens=tokens), ["eager"]) for side, tokens in given.lengths]
         for batch, shape, modes in plan:
-            case = measure(batch, shape, modes, given.rounds, fastest, device)
+            case = measure(batch, shape, modes, given.rounds, fastest, device, not given.system)
             title = f"{chosen}, batch {batch}, {shape.side} px in patches of {shape.patch}, {shape.tokens} tokens"
             print(f"{title}, width {shape.width}, depth {shape.depth}:\n\n{table(header, case.lines)}", flush=True)
             figures = figures or ratios(case.rounds)

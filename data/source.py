@@ -88,7 +88,7 @@ class Source:
         self._reader = Reader(cache)
         self._lines: OrderedDict[int, list[bytes]] = OrderedDict()
         # Of a sample one asks for its key, its members and its metadata in turn.
-        self._last: tuple[tuple[int, int], Sample] = (-1, -1), Sample("", {})
+        self._last: tuple[tuple[int, int], Sample] | None = None
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
@@ -107,9 +107,9 @@ class Source:
         Raises:
             ShardError, FetchError: the index can't be read any more.
         """
-        place, last = self._last
-        if place == (shard, number):
-            return last
+        last = self._last
+        if last is not None and last[0] == (shard, number):
+            return last[1]
         if shard not in self._lines:
             self._lines[shard] = load_lines(self.shards[shard], self.cache)
             if len(self._lines) > MAX_INDEXES:
@@ -260,7 +260,7 @@ class Source:
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker reads its own indexes: those that it needs.
-        return {**self.__dict__, "_lines": OrderedDict()}
+        return {**self.__dict__, "_lines": OrderedDict(), "_last": None}
 
 
 class Chosen(Source):

@@ -1,25 +1,32 @@
 """What becomes of memory that a step has used."""
 
 import ctypes
+import os
 
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-NEVER = -1
+# Parameters of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+# What glibc comes to by itself where large pieces are freed.
+OWN = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for its next allocation; for steps on the CPU.
 
     glibc gives large tensors back to the system when they are freed, and in the next step the system has to clear every
-    page of them again: 9 to 16 % of a small step's time (benchmarks/step.py's sizes). A step needs as much as the one
-    before, so what is kept is what the process had at its peak. GPUs have torch's own allocator, which keeps it anyway.
-
-    Returns:
-        whether there is a glibc to tell; other allocators stay as they are.
+    page of them again (benchmarks/step.py --system shows what that costs). GPUs have torch's own allocator, which keeps
+    it anyway. Processes forked from this one, such as those that read data, give it back as before. Nothing is done
+    where the environment says how malloc shall work, or on other C libraries (macOS, musl).
     """
-    try:
-        tell = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # macOS, musl; and Windows, where None names no library
-        return False
-    return bool(tell(M_TRIM_THRESHOLD, NEVER)) and bool(tell(M_MMAP_MAX, 0))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt(M_TRIM_THRESHOLD, -1)  # never
+    mallopt(M_MMAP_MAX, 0)
+    os.register_at_fork(after_in_child=lambda: [mallopt(name, value) for name, value in OWN.items()])
+
+
+def give_freed_memory_back() -> None:
+    """Let other processes have what this one keeps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

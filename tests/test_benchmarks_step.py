@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ from torch import nn
 
 from benchmarks import loss_memory, step
 from benchmarks.peers import MissingPeerError
-from benchmarks.step import SIZES, Side
+from benchmarks.step import SIZES, Side, Size
+from data.batch import Batch
 
 CPU = torch.device("cpu")
 OURS = "ours, contrastive"
@@ -49,41 +49,31 @@ def test_masked_regions_see_images_alone() -> None:
     assert side.model.names == ["masked_image"]
 
 
-class Here(Executor):
-    """Does at once what is submitted, in this process."""
+def linear(batch: Batch, _: Size) -> Side:
+    """A model that can't be compiled."""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def refuse() -> None:
+        raise MissingPeerError("not to be compiled")
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        done = Future[Any]()
-        try:
-            done.set_result(function(*arguments, **named))
-        except MissingPeerError as error:
-            done.set_exception(error)
-        return done
+    model, x = nn.Linear(16, 1), torch.zeros(batch.size, 16)
+    return Side(model, lambda: model(x).sum(), refuse)
 
 
-def test_an_absent_peer_is_a_line_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*_: Any) -> Side:
-        raise MissingPeerError("open_clip: no wheel")
+def gone(*_: Any) -> Side:
+    raise MissingPeerError("open_clip: no wheel")
 
-    compiled = list[int]()
 
-    def linear(batch: Any, _: Any) -> Side:
-        model = nn.Linear(16, 1)
-        x = torch.zeros(batch.size, 16)
-        return Side(model, lambda: model(x).sum(), lambda: compiled.append(1))
-
+def test_sides_take_turns_in_processes_of_their_own_and_an_absent_one_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "SIDES", {OURS: linear, "open_clip": gone})
-    monkeypatch.setattr(step, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(step, "keep_freed_memory", lambda: None)  # for good, in the process of all tests
-    case = step.measure(4, SIZES["micro"], ["eager", "compiled"], 1, 1e12, CPU)
-    assert compiled == [1]
-    assert [line[0] for line in case.lines] == [OURS, f"{OURS}, compiled", "open_clip"]
-    assert "absent: open_clip: no wheel" in case.lines[-1]
+    case = step.measure(4, SIZES["micro"], ["eager", "compiled"], 2, 1e12, CPU, keep=True)
+    assert [list(taken) for taken in case.rounds] == [[OURS]] * 2
+    assert all(taken[OURS] > 0 for taken in case.rounds)
+    assert [line[0] for line in case.lines] == [OURS, OURS, "open_clip"]
+    assert "absent: not to be compiled" in case.lines[1]
+    assert "absent: open_clip: no wheel" in case.lines[2]
     assert {len(line) for line in case.lines} == {7}
     assert step.ratios(case.rounds)["contrastive_vs_open_clip"] is None
+    assert not step._steps  # none of this process
 
 
 def test_ratios_say_how_much_faster_ours_is() -> None:

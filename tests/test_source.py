@@ -34,6 +34,12 @@ def test_a_sample_is_found_by_shard_and_number(source: Source) -> None:
         assert source.metadata(*place)["number"] == i
 
 
+def test_samples_asked_for_again_and_in_any_order_are_not_mixed_up(source: Source) -> None:
+    places = list(source.places())  # numbers within a shard come once in each
+    order = [0, 0, 3, 0, 1, 4, 1, 3, 3, 6, 9, 6]
+    assert [source.sample(*places[i]).key for i in order] == [f"k{i}" for i in order]
+
+
 def test_some_samples_of_a_source_are_one_in_their_own_order(source: Source) -> None:
     places = list(source.places())
     some = Chosen(source, [places[7], places[0], places[4]])
