@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint import find_last
 from tests.samples import free_port
-from tests.tiny import STEPS, tiny_trained_state, write_recipe
+from tests.tiny import STEPS, tiny_trained_state, without_key_biases, write_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,8 +82,8 @@ def test_two_processes_are_one_and_can_be_resumed_as_one(tmp_path: Path) -> None
         for name in ("loss", "image_text", "masked_language", "masked_image", "masked_audio", "gradient_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-3), (a["step"], name)
     weights = [tiny_trained_state(outs[ranks] / "checkpoints" / "last") for ranks in (1, 2)]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-3)
+    for name, tensor in without_key_biases(weights[0]).items():
+        torch.testing.assert_close(without_key_biases(weights[1])[name], tensor, rtol=0, atol=3e-4)
     states = [json.loads((outs[n] / "checkpoints" / "last" / "stream.json").read_text()) for n in (1, 2)]
     assert states[0] == states[1]
     more = ["eval.label=null", "train.precision=fp32", f"train.steps={STEPS + 2}"]
