@@ -21,6 +21,7 @@ The last line is one JSON object with the ratios at the first batch size, eager,
 """
 
 import argparse
+import ctypes
 import json
 import sys
 from collections.abc import Callable
@@ -51,7 +52,7 @@ from objectives.contrastive import ContrastiveConfig
 from objectives.masked_language import MaskedLanguageConfig
 from objectives.masked_region import MaskedRegionConfig
 from objectives.pretraining import KeepConfig, ObjectivesConfig, Pretraining, UnimodalKeepConfig
-from pretrain.allocator import give_freed_memory_back, keep_freed_memory
+from pretrain.allocator import keep_freed_memory
 from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import ModelConfig, Vocabulary
 
@@ -399,7 +400,9 @@ def again(title: str, device: torch.device) -> float:
 def rest() -> None:
     """Leave memory to the other processes; the step that is not timed asks for it again."""
     torch.cuda.empty_cache()
-    give_freed_memory_back()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def waits_of(title: str) -> tuple[int, int]:

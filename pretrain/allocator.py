@@ -23,10 +23,3 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, -1)  # never
     mallopt(M_MMAP_MAX, 0)
     os.register_at_fork(after_in_child=lambda: [mallopt(name, value) for name, value in OWN.items()])
-
-
-def give_freed_memory_back() -> None:
-    """Let other processes have what this one keeps."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
