@@ -184,10 +184,11 @@ def seconds_per_step(variants: dict[str, Config], rounds: int, scratch: Path) ->
     return {variant: statistics.median(taken) for variant, taken in rates.items()}
 
 
-def score(task: Task, config: Config, train: list[str]) -> dict[str, float]:
-    """Train and evaluate; probes learn from the shards ``train``, whatever the encoder learned from."""
+def score(task: Task, config: Config, train: list[str]) -> dict[str, Any]:
+    """Train and evaluate; probes learn from ``train``, whatever the encoder learned from. Scores, and the precision."""
     config.train.log_every = config.train.save_every = config.train.steps
     encoder, tokenizer = load_encoder(pretrain(config))
+    scores: dict[str, Any] = {"precision": json.loads((Path(config.out) / "env.json").read_text())["precision"]}
     shutil.rmtree(config.out)
     patterns = {"train": train, "val": config.data.val, "test": config.data.test}
     splits = {name: open_split(config.data, shards) for name, shards in patterns.items()}
@@ -197,7 +198,6 @@ def score(task: Task, config: Config, train: list[str]) -> dict[str, float]:
         name: extract_features(scored, split, labels[name], None, cpu, config.eval.batch_size, workers=1)
         for name, split in splits.items()
     }
-    scores = {}
     for name in task.scores:
         kind, modality = name.split("/")
         parts = [features[split][modality] for split in ("train", "val", "test")]

@@ -24,10 +24,11 @@ from pretrain.model.encoder import Encoder
 from pretrain.model.tokenizers import PatchTokenizer, Tokens
 
 # Name -> class; the name is also the field of ObjectivesConfig that configures it. A new objective is a line here. A
-# class says which modalities it `learns_from`, else it is not built, and which passes it `reads`, "embeddings", "pairs"
-# (embeddings of samples that have several modalities) or "joint"; passes that nobody reads are not made. `names` are
-# those of its terms. It may have ``counts(joint)``, by which ``Passes.counts`` come about, and
-# ``after_step(encoder, progress)``, see ``Pretraining.after_step``.
+# class says whether it `learns_from` some modalities, those of the encoder (else it is not built) and of a sample (else
+# that takes no joint pass for it), and which passes it `reads`, "embeddings", "pairs" (embeddings of samples that have
+# several modalities) or "joint"; passes that nobody reads are not made. `names` are those of its terms. It may have
+# ``counts(joint)``, by which ``Passes.counts`` come about, and ``after_step(encoder, progress)``, see
+# ``Pretraining.after_step``.
 OBJECTIVES: dict[str, Any] = {
     "contrastive": Contrastive,
     "masked_language": MaskedLanguage,
@@ -311,8 +312,9 @@ class Pretraining(nn.Module):
         return dict(zip(counts, together.unbind(), strict=True))
 
     def joint_inputs(self, batch: Batch, seed: int, objectives: Collection[str]) -> list[JointInput]:
-        """What the joint passes are going to see; nothing where none of the ``objectives`` reads them."""
-        if not any(OBJECTIVES[name].reads == "joint" for name in objectives):
+        """What the joint passes are going to see; samples from which none of the ``objectives`` learns take none."""
+        readers = [OBJECTIVES[name] for name in objectives if OBJECTIVES[name].reads == "joint"]
+        if not readers:
             return []
         alone = ~paired(batch)
         rows, rows_alone = (
@@ -322,7 +324,9 @@ class Pretraining(nn.Module):
         rows = torch.cat([rows[~alone[rows]], rows_alone[alone[rows_alone]]]).sort().values
         seeds = self._row_seeds(batch, seed)
         hide_text = "masked_language" in objectives
-        return [self._hide(group, seeds, hide_text) for group in group_by_presence(batch, rows)]
+        groups = group_by_presence(batch, rows)
+        read = [group for group in groups if any(reader.learns_from(group) for reader in readers)]
+        return [self._hide(group, seeds, hide_text) for group in read]
 
     def passes(
         self,

@@ -42,7 +42,7 @@ from data.transforms import OnDevice
 from pretrain.config import Config, TrainConfig
 from pretrain.engine import follow, go_backward, step_seed
 from pretrain.progress import duration
-from pretrain.start import Run, fast_in_bf16, set_up
+from pretrain.start import Run, fast_in_bf16, precision_of, set_up
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SHOWN = 10  # unreadable shards of a split that are named
@@ -180,7 +180,7 @@ def where(told: Sequence[str], number: int) -> list[Line]:
 def precision(train: TrainConfig, accelerator: Accelerator) -> list[Line]:
     """Which precision was chosen, and why."""
     fast = fast_in_bf16(accelerator.device)
-    chosen = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    chosen = precision_of(accelerator)
     units = f"this {accelerator.device.type} has {'matrix' if fast else 'no matrix'} units for bf16"
     text = f"{chosen}, from train.precision={train.precision}: {units}"
     if chosen == "bf16" and not fast:

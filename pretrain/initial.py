@@ -1,6 +1,7 @@
 """Start from trained models: per modality a stock `transformers` checkpoint, such as one of our exports.
 
-LayerNorm's epsilon stays ours, 1e-6; stock ones are 1e-12 to 1e-5, which changes features in the sixth digit.
+LayerNorm's epsilon stays ours, 1e-6, which matters where the variance of states is as small. Stock ones are 1e-12 to
+1e-5; models with a larger one are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +17,13 @@ from transformers import AutoModel
 from data.errors import UserError
 from data.manifest import check_folder
 from pretrain.model.encoder import Encoder
+from pretrain.model.layers import LAYER_NORM_EPS
 from pretrain.stock import PAIRS, POSITIONS
 
 # Modality -> ``model_type`` of the models that its stream can start from.
 TYPES = {"image": "vit", "text": "roberta-prelayernorm", "audio": "audio-spectrogram-transformer"}
+LARGEST_EPS = 1e-5  # of a LayerNorm
+POOLER = "heads.text.dense."
 
 
 class InitialError(UserError):
@@ -29,8 +33,9 @@ class InitialError(UserError):
 def load_initial(encoder: Encoder, given: Mapping[str, str], say: Callable[[str], None] = print) -> None:
     """Copy the weights of stock models into an encoder, all or none.
 
-    Positions are fitted to the encoder's sizes: those of an image are interpolated (bicubic, as ViT does for other
-    resolutions), those of a spectrogram are cut where theirs has as many frames or more, and those of text are cut.
+    Positions are fitted to the encoder's sizes. Those of an image are interpolated: bicubic, to larger images as ViT
+    does it, to smaller ones smoothed besides. Those of a spectrogram are read off where our patches begin, which do not
+    overlap where AST's may, and cut where theirs has as many frames or more, else stretched. Those of text are cut.
 
     Args:
         encoder: random so far.
@@ -79,9 +84,15 @@ def _copies(encoder: Encoder, modality: str, name: str) -> list[tuple[Tensor, Te
             continue
         copies.append((pair.ours, theirs.reshape(pair.ours.shape)))
     if bad:
+        hint = ""
+        if all(line.startswith(POOLER) for line in bad):
+            hint = (
+                "\nIt was saved without its pooler, as by a class for masked language. "
+                "RobertaPreLayerNormModel.from_pretrained(..).save_pretrained(..) adds one with random weights"
+            )
         listed = "\n  ".join(bad[:10] + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else []))
         raise InitialError(
-            f"init_from.{modality}={name}: {len(copies)}/{len(copies) + len(bad)} tensors fit:\n  {listed}"
+            f"init_from.{modality}={name}: {len(copies)}/{len(copies) + len(bad)} tensors fit:\n  {listed}{hint}"
         )
     return copies
 
@@ -110,6 +121,7 @@ def _check_sizes(encoder: Encoder, modality: str, name: str, config: Any) -> Non
     }
     if modality != "text":
         wanted["patch_size"] = (f"model.{modality}_patch", getattr(model, f"{modality}_patch"))
+        wanted["qkv_bias"] = ("that of our attention", True)
     else:
         wanted["vocab_size"] = ("the tokenizer's vocabulary (tokenizer.name)", encoder.vocabulary.size)
         wanted["pad_token_id"] = ("the tokenizer's padding id", encoder.vocabulary.pad_id)
@@ -118,6 +130,11 @@ def _check_sizes(encoder: Encoder, modality: str, name: str, config: Any) -> Non
             raise InitialError(
                 f"init_from.{modality}={name}: {key} is {getattr(config, key)} there, and {ours} is {value} here"
             )
+    if config.layer_norm_eps > LARGEST_EPS:
+        raise InitialError(
+            f"init_from.{modality}={name}: layer_norm_eps is {config.layer_norm_eps} there, and {LAYER_NORM_EPS} here; "
+            f"allowed is up to {LARGEST_EPS}"
+        )
 
 
 def _positions(encoder: Encoder, modality: str, name: str, model: Any, theirs: Tensor) -> Tensor:
@@ -136,14 +153,26 @@ def _positions(encoder: Encoder, modality: str, name: str, model: Any, theirs: T
         return theirs[:needed] + first
     prefix, patches = theirs[: tokenizer.prefix_tokens], theirs[tokenizer.prefix_tokens :]
     if modality == "image":
-        side = config.image_size // config.patch_size
-        grid = patches.view(side, side, -1)
+        size = config.image_size
+        height, _ = (size, size) if isinstance(size, int) else size
+        grid = patches.view(height // config.patch_size, -1, patches.shape[1])
     else:
-        rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-        grid = patches.view(rows, len(patches) // rows, -1)
-        if config.time_stride == config.patch_size and grid.shape[1] >= tokenizer.grid[1]:
+        patch = config.patch_size
+        rows = (config.num_mel_bins - patch) // config.frequency_stride + 1
+        grid = patches.view(rows, -1, patches.shape[1])
+        grid = _read_off(grid, 0, config.num_mel_bins // patch, patch / config.frequency_stride)
+        grid = _read_off(grid, 1, config.max_length // patch, patch / config.time_stride)
+        if grid.shape[1] >= tokenizer.grid[1]:
             grid = grid[:, : tokenizer.grid[1]]
     return torch.cat([prefix, resize_grid(grid, tokenizer.grid).flatten(0, 1)])
+
+
+def _read_off(grid: Tensor, axis: int, count: int, step: float) -> Tensor:
+    """``count`` slices of the grid along an axis, ``step`` apart; between two of its own by linear interpolation."""
+    places = (torch.arange(count) * step).clamp(max=grid.shape[axis] - 1)
+    low, high = (each.long() for each in (places.floor(), places.ceil()))
+    share = (places - low).unsqueeze(1 - axis)[..., None]
+    return torch.lerp(grid.index_select(axis, low), grid.index_select(axis, high), share)
 
 
 def resize_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:

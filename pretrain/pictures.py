@@ -25,7 +25,9 @@ ROWS = ("input", "masked", "reconstruction")
 
 @torch.no_grad()
 def draw_step(model: Pretraining, batch: Batch, seed: int, limit: int = 4) -> bytes | None:
-    """What the model makes of a batch, as PNG; None where it predicts no patches' values, or the batch has none.
+    """What the model makes of a batch, as PNG; None where it hides no patches, or the batch has none.
+
+    What it predicts of a teacher's states can't be drawn: of such a model only the inputs and masks are.
 
     Args:
         model: unwrapped; left in the mode in which it was.
@@ -34,7 +36,7 @@ def draw_step(model: Pretraining, batch: Batch, seed: int, limit: int = 4) -> by
         limit: number of samples to draw, at most.
     """
     region: Any = dict(model.objectives.items()).get("masked_region")
-    if region is None or model.config.masked_region.target != "pixel":
+    if region is None:
         return None
     joint_ones = [name for name in model.objectives if OBJECTIVES[name].reads == "joint"]
     # Compiled blocks would be compiled again for passes without gradients.
@@ -45,39 +47,39 @@ def draw_step(model: Pretraining, batch: Batch, seed: int, limit: int = 4) -> by
         return None
     joint = max(hiding, key=lambda joint: len(joint.splits))  # all kinds of patches, if any sample has them
     splits = {name: split for name, split in joint.splits.items() if split.hidden.numel()}
-    predicted = {name: region.decoders[name](joint.states[name], split) for name, split in splits.items()}
+    predicted: dict[str, Tensor | None] = dict.fromkeys(splits)
+    if model.config.masked_region.target == "pixel":
+        predicted = {name: region.decoders[name](joint.states[name], split) for name, split in splits.items()}
     return draw(model.encoder, joint, predicted, limit)
 
 
-def draw(encoder: Encoder, joint: JointPass, predicted: Mapping[str, Tensor], limit: int = 4) -> bytes:
-    """Three rows of pictures per modality as PNG: input, what the encoder saw of it, and the reconstruction.
+def draw(encoder: Encoder, joint: JointPass, predicted: Mapping[str, Tensor | None], limit: int = 4) -> bytes:
+    """Rows of pictures per modality as PNG: input, what the encoder saw of it, and the reconstruction if there is one.
 
     Args:
         encoder: that made the pass.
         joint: the pass.
-        predicted: modality -> normalised values (n, P - K, patch_dim) of its hidden patches, in the split's order.
-            Mean and spread of each are taken from the input: the prediction says nothing of them.
+        predicted: modality -> normalised values (n, P - K, patch_dim) of its hidden patches, in the split's order,
+            or None. Mean and spread of each are taken from the input: the prediction says nothing of them.
         limit: number of samples to draw, at most.
     """
     columns = min(limit, *(len(joint.inputs[name].x) for name in predicted))
-    figure = Figure(figsize=(2.2 * columns + 0.4, 2.2 * len(ROWS) * len(predicted)), dpi=120, layout="constrained")
-    grid = figure.subplots(len(ROWS) * len(predicted), columns, squeeze=False)
-    for i, (name, values) in enumerate(predicted.items()):
+    titles = [(name, title) for name, values in predicted.items() for title in ROWS[: 2 if values is None else 3]]
+    figure = Figure(figsize=(2.2 * columns + 0.4, 2.2 * len(titles)), dpi=120, layout="constrained")
+    grid = iter(figure.subplots(len(titles), columns, squeeze=False))
+    for name, values in predicted.items():
         x, split = (
             joint.inputs[name].x[:columns].float(),
             PatchSplit(*(index[:columns] for index in joint.splits[name])),
         )
         true = gather_tokens(encoder.patches(name, x), split.hidden)
-        mean, deviation = patch_statistics(true)
-        nothing = torch.full_like(true, math.nan)
-        pictures = (
-            x,
-            replace_patches(encoder, name, x, split.hidden, nothing),
-            replace_patches(encoder, name, x, split.hidden, values[:columns].float() * deviation + mean),
-        )
-        for row, (title, picture) in enumerate(zip(ROWS, pictures, strict=True)):
-            for column in range(columns):
-                axes = grid[len(ROWS) * i + row, column]
+        pictures = [x, replace_patches(encoder, name, x, split.hidden, torch.full_like(true, math.nan))]
+        if values is not None:
+            mean, deviation = patch_statistics(true)
+            filled = values[:columns].float() * deviation + mean
+            pictures.append(replace_patches(encoder, name, x, split.hidden, filled))
+        for title, picture in zip(ROWS, pictures, strict=False):
+            for column, axes in enumerate(next(grid)):
                 _SHOW[name](axes, picture[column].cpu(), x[column].cpu())
                 axes.set_xticks([])
                 axes.set_yticks([])

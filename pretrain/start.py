@@ -272,7 +272,7 @@ def set_up(config: Config, sources: Sequence[Source] | None, accelerator: Accele
     run = Run(config, accelerator, stream, tokenizer, bare, model, optimizer, average_model, step, bad, {})
     if step < config.train.steps:
         if main:
-            record_run(config, given)
+            record_run(config, given, accelerator)
             drop_later_metrics(out / "metrics.jsonl", step)
             for path in (out / "bad_steps").glob("*.jsonl"):
                 drop_later_metrics(path, step)
@@ -411,7 +411,7 @@ def identity_of(config: Config) -> dict[str, Any]:
     return {key: value for key, value in leaves(parts) if key not in SAME_RESULT}
 
 
-def record_run(config: Config, given: str | None) -> None:
+def record_run(config: Config, given: str | None, accelerator: Accelerator) -> None:
     """Write config.yaml, given.yaml and env.json, once it is sure that this configuration runs."""
     out = Path(config.out)
     write_whole(out / "config.yaml", to_yaml(config).encode())  # by it a folder is known as a run's
@@ -425,6 +425,8 @@ def record_run(config: Config, given: str | None) -> None:
         "platform": platform.platform(),
         "cpus": available_cpus(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": accelerator.num_processes,
+        "precision": precision_of(accelerator),
         "packages": {name: version(name) for name in packages},
     }
     (out / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
@@ -438,6 +440,11 @@ def drop_later_metrics(path: Path, step: int) -> None:
     write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """What `train.precision` came to: bf16, fp16 or fp32."""
+    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+
+
 def describe(
     config: Config, accelerator: Accelerator, encoder: Encoder, sources: Sequence[Source], vocabulary: int
 ) -> None:
@@ -446,7 +453,6 @@ def describe(
     world = accelerator.num_processes
     shared = f", {'FSDP2' if shards_weights(world) else 'DDP'} over {world} processes" if world > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     epochs = config.train.steps * config.train.batch_size / sum(map(len, sources))
     shards = sum(len(source.shards) for source in sources)
     print(
@@ -454,7 +460,7 @@ def describe(
         f"{vocabulary} tokens of vocabulary\n"
         f"data      {shards} shards; "
         f"{config.train.steps} steps of {config.train.batch_size} are {epochs:.1f} epochs\n"
-        f"device    {accelerator.device}{threads}, {precision}{shared}\n"
+        f"device    {accelerator.device}{threads}, {precision_of(accelerator)}{shared}\n"
         f"run       {config.out}",
         flush=True,
     )

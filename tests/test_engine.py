@@ -231,12 +231,23 @@ def test_config_yaml_is_the_run(whole: Run) -> None:
 
 def test_env_json_says_when_where_and_with_what(whole: Run) -> None:
     environment = json.loads((whole.out / "env.json").read_text())
-    assert environment.keys() == {"time", "command", "python", "platform", "cpus", "gpu", "packages"}
+    machine = {"cpus", "gpu", "processes", "precision"}
+    assert environment.keys() == {"time", "command", "python", "platform", "packages"} | machine
     assert datetime.fromisoformat(environment["time"]).tzinfo is not None
     assert isinstance(environment["command"], list)
     assert environment["cpus"] >= 1
+    assert environment["processes"] == 1
     assert environment["packages"]["torch"] == version("torch")
     assert {"transformers", "accelerate", "webdataset", "numpy", "safetensors"} <= environment["packages"].keys()
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_env_json_has_the_precision_that_auto_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+) -> None:
+    monkeypatch.setattr("pretrain.start.fast_in_bf16", lambda device: fast)
+    pretrain.engine.pretrain(tiny_config(tmp_path, "train.precision=auto", "train.steps=1"))
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["precision"] == precision
 
 
 def test_resume_none_refuses_a_folder_with_a_checkpoint(whole: Run) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     ASTConfig,
     ASTModel,
     RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
     RobertaPreLayerNormModel,
     ViTConfig,
     ViTForImageClassification,
@@ -130,6 +131,30 @@ def test_positions_of_shorter_sound_are_cut_and_of_longer_sound_stretched(tmp_pa
             torch.testing.assert_close(positions, resize_grid(given, (2, 8)))
 
 
+def test_positions_of_overlapping_patches_are_read_off_where_ours_begin(tmp_path: Path) -> None:
+    # Their patches of 8 begin every 5 frames and every 5 mels; positions say where.
+    theirs = stock("audio", max_length=63, num_mel_bins=23, time_stride=5, frequency_stride=5)
+    with torch.no_grad():
+        grid = theirs.embeddings.position_embeddings[0, 2:].view(4, 12, -1)
+        grid[..., 0] = 5.0 * torch.arange(4)[:, None]
+        grid[..., 1:] = 5.0 * torch.arange(12)[None, :, None]
+    ours = encoder(views=Views(VIEWS.image, VIEWS.text, AudioView(frames=32, mels=16)))
+    load_initial(ours, {"audio": saved(theirs, tmp_path)})
+    tokenizer: Any = ours.tokenizers["audio"]
+    positions = tokenizer.positions[2:].view(2, 4, -1)
+    torch.testing.assert_close(positions[..., 0], torch.tensor([0.0, 8.0])[:, None].expand(2, 4))
+    torch.testing.assert_close(positions[..., 1:], torch.tensor([0.0, 8, 16, 24])[None, :, None].expand(2, 4, 31))
+
+
+def test_positions_of_images_that_are_no_squares_are_interpolated(tmp_path: Path) -> None:
+    theirs = stock("image", image_size=[8, 16])
+    ours = encoder()
+    load_initial(ours, {"image": saved(theirs, tmp_path)})
+    tokenizer: Any = ours.tokenizers["image"]
+    given = theirs.embeddings.position_embeddings[0, 1:].view(2, 4, -1)
+    torch.testing.assert_close(tokenizer.positions[1:].view(4, 4, -1), resize_grid(given, (4, 4)))
+
+
 def test_a_stream_may_be_shorter_than_the_stock_text_but_not_longer(tmp_path: Path) -> None:
     name = saved(stock("text", max_position_embeddings=8), tmp_path)
     with pytest.raises(InitialError, match=r"init_from\.text=.*positions for 6 tokens, data\.views\.text\.max_tokens"):
@@ -145,6 +170,8 @@ def test_a_stream_may_be_shorter_than_the_stock_text_but_not_longer(tmp_path: Pa
         ("audio", {"num_attention_heads": 2}, "num_attention_heads is 2 there, and model.heads is 4 here"),
         ("text", {"vocab_size": 50}, "vocab_size is 50 there"),
         ("text", {"intermediate_size": 128}, "intermediate_size is 128 there"),
+        ("text", {"layer_norm_eps": 1e-3}, "layer_norm_eps is 0.001 there, and 1e-06 here; allowed is up to 1e-05"),
+        ("image", {"qkv_bias": False}, "qkv_bias is False there, and that of our attention is True here"),
     ],
 )
 def test_other_sizes_are_named(tmp_path: Path, modality: str, other: dict[str, Any], message: str) -> None:
@@ -165,6 +192,16 @@ def test_weights_that_the_file_lacks_are_named_and_nothing_is_copied(tmp_path: P
     ):
         load_initial(ours, {"image": name})
     assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
+
+
+def test_a_text_model_without_a_pooler_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = stock("text").config
+    name = saved(RobertaPreLayerNormForMaskedLM(config), tmp_path / "masked")
+    with pytest.raises(
+        InitialError, match=r"(?s)heads\.text\.dense\.weight: not in the file.*saved without its pooler"
+    ):
+        load_initial(encoder(), {"text": name})
+    load_initial(encoder(), {"text": saved(RobertaPreLayerNormModel.from_pretrained(name), tmp_path / "pooled")})
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

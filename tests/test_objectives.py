@@ -78,10 +78,10 @@ def passes_of(model: Pretraining, inputs: Batch, seed: int = 0, whole: bool = Fa
 
 
 def draws(rate: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, corrupted ids and choice of 500 texts of 250 ids, special tokens and padding among them."""
-    ids, _ = texts([2 + i % 249 for i in range(500)], seed)
+    """Ids, corrupted ids and choice of 1,000 texts of up to 250 ids, special tokens and padding among them."""
+    ids, _ = texts([2 + i % 249 for i in range(1000)], seed)
     ids[:, 3:6] = torch.where(ids[:, 3:6] != 1, torch.tensor([3, 4, 2]), 1)
-    masked = mask_tokens(ids, fork(torch.arange(500), f"{seed}"), ordinary(), VOCABULARY.mask_id, rate)
+    masked = mask_tokens(ids, fork(torch.arange(1000), f"{seed}"), ordinary(), VOCABULARY.mask_id, rate)
     return ids, masked.ids, masked.chosen
 
 
@@ -93,7 +93,7 @@ def ordinary() -> Tensor:
 def test_masks_have_berts_shares(rate: float) -> None:
     ids, corrupted, chosen = draws(rate)
     maskable = ordinary()[ids]
-    assert maskable.sum() > 50_000
+    assert maskable.sum() > 100_000
     share = chosen.sum() / maskable.sum()
     assert share == pytest.approx(rate, abs=0.01)
     became_mask = (corrupted == VOCABULARY.mask_id)[chosen].float().mean().item()
@@ -119,7 +119,7 @@ def test_special_tokens_and_padding_are_never_chosen_nor_drawn() -> None:
 
 def test_what_is_masked_of_a_text_depends_on_its_seed_alone() -> None:
     ids, corrupted, chosen = draws(0.3)
-    seeds = fork(torch.arange(500), "0")
+    seeds = fork(torch.arange(1000), "0")
     few = mask_tokens(F.pad(ids[40:43], (0, 7), value=1), seeds[40:43], ordinary(), 4, 0.3)  # other padding, too
     assert torch.equal(few.ids[:, :-7], corrupted[40:43])
     assert torch.equal(few.chosen[:, :-7], chosen[40:43])
@@ -366,6 +366,26 @@ def test_an_objective_costs_no_pass_while_its_weight_is_0() -> None:
     assert lengths(model, batch(FULL), progress=0.1) == [*unimodal, (6, 1 + 8 + text + 2 + 4)]
     model(batch(FULL), seed=0).total.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weights", "joint"),
+    [
+        ({"masked_language": 1.0}, [("text",), ("image", "text")]),
+        ({"masked_region": 1.0}, [("image",), ("image", "audio"), ("image", "text")]),
+    ],
+)
+def test_samples_from_which_nobody_learns_take_no_joint_pass(
+    weights: dict[str, float], joint: list[tuple[str, ...]]
+) -> None:
+    model = pretraining(config(**weights))
+    made = model.joint_inputs(batch(["i", "t", "ia", "it", "ia"]), 0, list(weights))
+    assert sorted(tuple(each.inputs) for each in made) == sorted(joint)
+    nothing = model(batch({"masked_language": ["i", "ia"], "masked_region": ["t", "t"]}[next(iter(weights))]), seed=0)
+    assert not nothing.terms
+    nothing.total.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_text_is_whole_while_nobody_predicts_it() -> None:

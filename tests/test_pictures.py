@@ -106,10 +106,24 @@ def test_a_picture_costs_no_pass_that_it_does_not_show_and_no_compilation() -> N
     assert embedded
 
 
-def test_where_no_values_are_predicted_there_is_no_picture() -> None:
-    for region in (dataclasses.replace(REGION, weight=0.0), dataclasses.replace(REGION, target="latent")):
-        model = Pretraining(encoder(), dataclasses.replace(CONFIG, masked_region=region))
-        assert draw_step(model, batch(["ita"] * 2), seed=0) is None
+@pytest.mark.parametrize("target", ["latent", "kl"])
+def test_of_a_teachers_targets_inputs_and_masks_are_drawn(shown: list[Tensor], target: str) -> None:
+    region = dataclasses.replace(REGION, target=target)
+    inputs = batch(["ita"] * 2)
+    assert draw_step(Pretraining(encoder(), dataclasses.replace(CONFIG, masked_region=region)), inputs, seed=0)
+    assert len(shown) == 2 * 2 * 2
+    for i, name in enumerate(("image", "audio")):
+        for sample in range(2):
+            x = inputs.fields[name].x[sample]
+            whole, masked = shown[4 * i + sample : 4 * (i + 1) : 2]
+            assert torch.equal(whole, x)
+            assert masked.isnan().float().mean() == 0.5
+            assert torch.equal(masked[~masked.isnan()], x[~masked.isnan()])
+
+
+def test_where_nothing_is_hidden_there_is_no_picture() -> None:
+    model = Pretraining(encoder(), dataclasses.replace(CONFIG, masked_region=dataclasses.replace(REGION, weight=0.0)))
+    assert draw_step(model, batch(["ita"] * 2), seed=0) is None
     language = MaskedLanguageConfig(weight=1)
     model = Pretraining(encoder(), dataclasses.replace(CONFIG, masked_language=language))
     assert draw_step(model, batch(["t"] * 2), seed=0) is None

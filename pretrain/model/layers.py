@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
+LONGEST_PLAIN = 1024  # tokens
 ALL = "all"  # the key of weights that all modalities share
 
 
@@ -24,16 +25,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
     Returns:
         (n, H, N, D / H).
     """
-    mask = None if valid is None else valid[:, None, None, :]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The CPU's fused kernel is 6-9 times slower than the plain product in the bf16 backward pass at 17-65
-        # tokens, and still 1.5 times at 577; in fp32 there is no difference up to 257 tokens.
+    attended = None if valid is None else valid[:, None, None, :]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
+        # With matrix units for bf16, the CPU's fused kernel is 6-9 times slower than the plain product in the backward
+        # pass at 17-65 tokens, and still 1.5 times at 577; in fp32 there is no difference up to 257 tokens. But the
+        # plain product keeps H x N x N weights for that pass: with 12 heads 25 MB per sample and layer at 1,024 tokens.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+        if attended is not None:
+            scores = scores.masked_fill(~attended, float("-inf"))
         weighted: Tensor = scores.softmax(dim=-1) @ v
         return weighted
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
 
 
 class Attention(nn.Module):
