@@ -50,7 +50,7 @@ class Passes(NamedTuple):
     Attributes:
         encoder: the encoder that made them.
         embeddings: modality -> embeddings (n, E) of the unimodal pass, with their rows; not normalised.
-        joint: joint passes, one per set of modalities that occurs in the batch.
+        joint: joint passes, one per set of modalities that a sample has and an objective learns from.
         groups: (size,) int64 or None, as in ``Batch``.
         counts: term -> scalar by which to divide a sum to get the term, of terms that an objective counts.
     """

@@ -81,7 +81,7 @@ class TrainConfig:
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this are kept for good, such as 10 times save_every; null: none is."""
     pictures: bool = True
-    """With each checkpoint, a picture of inputs, masks and reconstructions in `out`/pictures; needs matplotlib."""
+    """With each checkpoint, a picture of inputs, masks and reconstructed pixels in `out`/pictures; needs matplotlib."""
     gradients_every: int | None = None
     """Steps between two looks at how strongly each loss pulls at the trunk, and in which direction; null: never."""
 

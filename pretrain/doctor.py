@@ -41,6 +41,7 @@ from data.stream import DataConfig, Stream, open_cache, open_train
 from data.transforms import OnDevice
 from pretrain.config import Config, TrainConfig
 from pretrain.engine import follow, go_backward, step_seed
+from pretrain.model.layers import LONGEST_PLAIN
 from pretrain.progress import duration
 from pretrain.start import Run, fast_in_bf16, precision_of, set_up
 
@@ -205,7 +206,8 @@ def packages() -> list[Line]:
 def attention(device: str, mixed: str, batches: Sequence[Batch]) -> list[Line]:
     """Which kernel `pretrain.model.layers.attention` takes for these batches, and why."""
     if device == "cpu" and mixed == "bf16":
-        return [Line(OK, "plain product: the CPU's fused kernel is several times slower in bf16's backward pass")]
+        why = "the CPU's fused kernel is several times slower in bf16's backward pass"
+        return [Line(OK, f"plain product up to {LONGEST_PLAIN:,} tokens: {why}; above it scaled_dot_product_attention")]
     if device == "cpu":
         return [Line(OK, "scaled_dot_product_attention, the CPU's fused kernel")]
     kernels = {"flash": "flash", "memory-efficient": "mem_efficient", "cuDNN": "cudnn", "math": "math"}

@@ -321,7 +321,7 @@ def pulls(
 
 
 def draw(bare: Pretraining, batch: Batch, seed: int, path: Path) -> None:
-    """Write a picture of what the model makes of a batch, if it reconstructs anything and matplotlib is installed."""
+    """Write a picture of what the model makes of a batch, if it hides patches and matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return
     from pretrain.pictures import draw_step  # matplotlib takes its time

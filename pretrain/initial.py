@@ -138,7 +138,8 @@ def _check_sizes(encoder: Encoder, modality: str, name: str, config: Any) -> Non
 
 
 def _positions(encoder: Encoder, modality: str, name: str, model: Any, theirs: Tensor) -> Tensor:
-    """Their positions for our sizes."""
+    """Their positions for our sizes, in float32."""
+    theirs = theirs.float()  # files in half precision are loaded as such
     tokenizer: Any = encoder.get_submodule(f"tokenizers.{modality}")
     config = model.config
     if modality == "text":
@@ -153,8 +154,7 @@ def _positions(encoder: Encoder, modality: str, name: str, model: Any, theirs: T
         return theirs[:needed] + first
     prefix, patches = theirs[: tokenizer.prefix_tokens], theirs[tokenizer.prefix_tokens :]
     if modality == "image":
-        size = config.image_size
-        height, _ = (size, size) if isinstance(size, int) else size
+        height = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         grid = patches.view(height // config.patch_size, -1, patches.shape[1])
     else:
         patch = config.patch_size

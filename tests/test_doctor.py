@@ -214,7 +214,7 @@ def test_the_precision_is_judged(
 
 
 @pytest.mark.parametrize(("mixed", "kernel"), [("bf16", torch.bfloat16), ("no", torch.float32)])
-def test_the_kernel_named_for_the_cpu_is_the_one_that_runs(
+def test_the_kernels_named_for_the_cpu_are_those_that_run(
     mixed: str, kernel: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused: list[bool] = []
@@ -225,10 +225,15 @@ def test_the_kernel_named_for_the_cpu_is_the_one_that_runs(
         return original(*arguments, **settings)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", note)
-    q = torch.randn(1, 2, 3, 4, dtype=kernel)
-    attention(q, q, q, None)
+    ran = []
+    for tokens in (3, 1024, 1025):
+        fused.clear()
+        q = torch.randn(1, 1, tokens, 4, dtype=kernel)
+        attention(q, q, q, None)
+        ran.append(bool(fused))
     (line,) = doctor.attention("cpu", mixed, [])
-    assert line.text.startswith("scaled_dot_product_attention") == bool(fused)
+    assert ran == ([False, False, True] if "plain product up to 1,024 tokens" in line.text else [True] * 3)
+    assert ("scaled_dot_product_attention" in line.text) == any(ran)
 
 
 def test_what_keeps_flash_away_is_said() -> None:

@@ -194,12 +194,13 @@ def test_bf16_attention_on_the_cpu_equals_the_fused_kernel(masked: bool) -> None
     torch.testing.assert_close(got.float(), fused.float(), rtol=0, atol=6e-2)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tokens", "kept_quadratic"),
     [(torch.bfloat16, 1024, True), (torch.bfloat16, 1025, False), (torch.float32, 1024, False)],
 )
 def test_only_short_inputs_in_bf16_keep_their_attention_weights(
-    dtype: torch.dtype, tokens: int, kept_quadratic: bool
+    dtype: torch.dtype, tokens: int, kept_quadratic: bool, masked: bool
 ) -> None:
     kept: list[int] = []
     q, k, v = (torch.randn(1, 1, tokens, 8, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -209,7 +210,7 @@ def test_only_short_inputs_in_bf16_keep_their_attention_weights(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attention(q, k, v, None)
+        attention(q, k, v, torch.arange(tokens)[None] < 900 if masked else None)
     assert (max(kept) >= tokens**2) == kept_quadratic
 
 

@@ -132,18 +132,31 @@ def test_positions_of_shorter_sound_are_cut_and_of_longer_sound_stretched(tmp_pa
 
 
 def test_positions_of_overlapping_patches_are_read_off_where_ours_begin(tmp_path: Path) -> None:
-    # Their patches of 8 begin every 5 frames and every 5 mels; positions say where.
-    theirs = stock("audio", max_length=63, num_mel_bins=23, time_stride=5, frequency_stride=5)
+    # Their patches of 8 begin every 5 frames and every 3 mels; positions say where. Ours that would begin beyond their
+    # last ones, at frame 20 and mel 6, get these.
+    theirs = stock("audio", max_length=32, num_mel_bins=16, time_stride=5, frequency_stride=3)
     with torch.no_grad():
-        grid = theirs.embeddings.position_embeddings[0, 2:].view(4, 12, -1)
-        grid[..., 0] = 5.0 * torch.arange(4)[:, None]
-        grid[..., 1:] = 5.0 * torch.arange(12)[None, :, None]
+        grid = theirs.embeddings.position_embeddings[0, 2:].view(3, 5, -1)
+        grid[..., 0] = 3.0 * torch.arange(3)[:, None]
+        grid[..., 1:] = 5.0 * torch.arange(5)[None, :, None]
     ours = encoder(views=Views(VIEWS.image, VIEWS.text, AudioView(frames=32, mels=16)))
     load_initial(ours, {"audio": saved(theirs, tmp_path)})
     tokenizer: Any = ours.tokenizers["audio"]
     positions = tokenizer.positions[2:].view(2, 4, -1)
-    torch.testing.assert_close(positions[..., 0], torch.tensor([0.0, 8.0])[:, None].expand(2, 4))
-    torch.testing.assert_close(positions[..., 1:], torch.tensor([0.0, 8, 16, 24])[None, :, None].expand(2, 4, 31))
+    torch.testing.assert_close(positions[..., 0], torch.tensor([0.0, 6.0])[:, None].expand(2, 4))
+    torch.testing.assert_close(positions[..., 1:], torch.tensor([0.0, 8, 16, 20])[None, :, None].expand(2, 4, 31))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("modality", ["image", "text", "audio"])
+def test_files_in_half_precision_are_read(tmp_path: Path, modality: str, dtype: torch.dtype) -> None:
+    views = Views(ImageView(size=24), VIEWS.text, AudioView(frames=64, mels=16))  # positions are interpolated
+    found = []
+    for name, kind in (("half", dtype), ("whole", torch.float32)):
+        ours = encoder(views=views)
+        load_initial(ours, {modality: saved(stock(modality).to(dtype).to(kind), tmp_path / name)})
+        found.append(ours.state_dict())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
 
 
 def test_positions_of_images_that_are_no_squares_are_interpolated(tmp_path: Path) -> None:

@@ -381,6 +381,9 @@ def test_samples_from_which_nobody_learns_take_no_joint_pass(
     model = pretraining(config(**weights))
     made = model.joint_inputs(batch(["i", "t", "ia", "it", "ia"]), 0, list(weights))
     assert sorted(tuple(each.inputs) for each in made) == sorted(joint)
+    # Nor do they where an objective that would learn has weight 0 by now.
+    both = pretraining(config(masked_language=1, masked_region=1))
+    assert len(both.joint_inputs(batch(["i", "t"]), 0, list(weights))) == 1
     nothing = model(batch({"masked_language": ["i", "ia"], "masked_region": ["t", "t"]}[next(iter(weights))]), seed=0)
     assert not nothing.terms
     nothing.total.backward()

@@ -75,6 +75,7 @@ def test_two_processes_are_one_and_can_be_resumed_as_one(tmp_path: Path) -> None
         code, out, errors = finish(start(ranks, write_recipe(folder), "eval.label=null", "train.precision=fp32"))
         assert code == 0, errors
         assert out.count("encoder   image, text, audio") == 1  # the first rank speaks
+        assert json.loads((outs[ranks] / "env.json").read_text())["processes"] == ranks
     one, other = (metrics(outs[ranks]) for ranks in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in other]
     for a, b in zip(one, other, strict=True):
