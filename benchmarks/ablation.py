@@ -223,7 +223,11 @@ def write_table(task: Task, rows: dict[str, list[dict[str, Any]]]) -> dict[str, 
     summary: dict[str, dict[str, list[float]]] = {}
     mean_of = [name for name in task.scores if name.startswith("linear")]
     columns = [*task.scores, "mean probe"]
-    print(f"{'':28}" + "".join(f"{column:>18}" for column in columns) + f"{'steps':>8}{'ms/step':>9}{'seeds':>7}")
+    print(
+        f"{'':28}"
+        + "".join(f"{column:>18}" for column in columns)
+        + f"{'steps':>8}{'ms/step':>9}{'seeds':>7}  precision"
+    )
     for variant, runs in rows.items():
         for run in runs:
             run["mean probe"] = statistics.mean(run[name] for name in mean_of)
@@ -233,7 +237,8 @@ def write_table(task: Task, rows: dict[str, list[dict[str, Any]]]) -> dict[str, 
         }
         cells = "".join(f"{f'{mean:.3f} +- {spread:.3f}':>18}" for mean, spread in summary[variant].values())
         milliseconds = 1000 * runs[0]["seconds_per_step"]
-        print(f"{variant:28}{cells}{runs[0]['steps']:8}{milliseconds:9.0f}{len(runs):7}", flush=True)
+        precisions = ", ".join(sorted({run.get("precision", "not noted") for run in runs}))
+        print(f"{variant:28}{cells}{runs[0]['steps']:8}{milliseconds:9.0f}{len(runs):7}  {precisions}", flush=True)
     return summary
 
 
