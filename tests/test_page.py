@@ -220,7 +220,8 @@ def test_equal_inputs_are_found_once() -> None:
     gallery = random_joint(range(9), 1)
     alike = gallery._replace(embeddings=gallery.embeddings[:3].repeat(3, 1), content=torch.arange(3).repeat(3))
     for listed in page.found_by(random_joint(range(9), 0), alike):
-        assert sorted(int(found["sample"]) for found in listed["found"]) == [0, 1, 2]
+        # Which one of equal inputs it is depends on the last bit of a product.
+        assert sorted(int(found["sample"]) % 3 for found in listed["found"]) == [0, 1, 2]
 
 
 def test_other_widths_are_refused() -> None:
