@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from data.errors import UserError
 from data.index import ShardError, build_index, index_path, load_index, verify, write_whole
@@ -79,6 +78,8 @@ def build(out: Path, *, pairings: int = 3, seed: int = 0) -> dict[str, list[Path
     marker = _read_marker(out)
     if marker.get("recipe") == recipe and _is_whole(out, marker["shards"]):
         return _by_split([out / name for name in sorted(marker["shards"])])
+
+    from sklearn.datasets import load_digits  # takes seconds, which programs that build nothing need not wait for
 
     out.mkdir(parents=True, exist_ok=True)
     digits = load_digits()

@@ -28,8 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from data.decode import DECODERS, MODALITIES, DecodeError, decode_image
@@ -238,6 +236,9 @@ def joint_map(
         return None
     space = torch.cat(vectors).numpy()
     caption = f"{count:,} samples" if count == len(rows) else f"{count:,} of {len(rows):,} samples, drawn at random"
+    from sklearn.decomposition import PCA  # these take seconds
+    from sklearn.manifold import TSNE
+
     if method == "pca":
         pca = PCA(2, svd_solver="full")
         flat = pca.fit_transform(space)

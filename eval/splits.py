@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from data.source import Source
@@ -91,6 +90,8 @@ def hold_out(labels: Tensor, groups: Sequence[Any] | None = None) -> Tensor:
     if units < FOLDS:
         what = "samples" if groups is None else "groups"
         raise EvaluationError(f"a validation split is to be cut from {units} {what}: name one with --val")
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold  # takes seconds
+
     plain = labels.ndim > 1 or int(torch.unique(labels, return_counts=True)[1].max()) < FOLDS
     folds: Any = KFold if plain else StratifiedKFold
     if groups is not None:

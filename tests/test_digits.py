@@ -61,7 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     whole: Any = load_digits()
     rows = [row for digit in range(10) for row in np.flatnonzero(whole.target == digit)[:6]]
     whole.images, whole.target = whole.images[rows], whole.target[rows]
-    monkeypatch.setattr(digits, "load_digits", lambda: whole)
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: whole)
     monkeypatch.setattr(digits, "_VAL_IMAGES", 1)
     monkeypatch.setattr(digits, "_TEST_IMAGES", 2)
     monkeypatch.setattr(digits, "_SAMPLES_PER_SHARD", 40)
@@ -175,7 +175,7 @@ def test_building_twice_gives_the_same_bytes(built: Built, tmp_path: Path) -> No
 def test_a_whole_build_is_left_alone(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = build(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    monkeypatch.setattr(digits, "load_digits", None)  # a rebuild would call it
+    monkeypatch.setattr("sklearn.datasets.load_digits", None)  # a rebuild would call it
 
     assert build(tmp_path) == shards
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
