@@ -64,9 +64,9 @@ def draw(encoder: Encoder, joint: JointPass, predicted: Mapping[str, Tensor | No
         limit: number of samples to draw, at most.
     """
     columns = min(limit, *(len(joint.inputs[name].x) for name in predicted))
-    titles = [(name, title) for name, values in predicted.items() for title in ROWS[: 2 if values is None else 3]]
-    figure = Figure(figsize=(2.2 * columns + 0.4, 2.2 * len(titles)), dpi=120, layout="constrained")
-    grid = iter(figure.subplots(len(titles), columns, squeeze=False))
+    rows = sum(len(ROWS) - (values is None) for values in predicted.values())
+    figure = Figure(figsize=(2.2 * columns + 0.4, 2.2 * rows), dpi=120, layout="constrained")
+    grid = iter(figure.subplots(rows, columns, squeeze=False))
     for name, values in predicted.items():
         x, split = (
             joint.inputs[name].x[:columns].float(),
