@@ -281,7 +281,7 @@ def test_clip_gives_the_encoders_embeddings(exported: Path, scored: Scored, pict
     assert torch.equal(found["text"], expected["text"])
     assert (model.encode_text(tokenizer(TEXTS[0])) - expected["text"][:1]).abs().max() < 1e-5
     units = model.encode_image(batch, normalize=True)
-    assert (units - expected["image"] / expected["image"].norm(dim=1, keepdim=True)).abs().max() < 1e-5
+    assert (units - expected["image"] / expected["image"].norm(dim=1, keepdim=True)).abs().max() < 1e-6
     alone = torch.cat([model.encode_image(batch[i : i + 1]) for i in range(6)])
     assert (alone - found["image"]).abs().max() < 1e-5
     # Workers get a copy of the transform, which must not hold the model.
